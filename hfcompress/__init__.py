@@ -1,0 +1,53 @@
+"""Compress small translation and image models while they train.
+
+Importing this package lets transformers' `from_pretrained` read compressed folders and repositories; everything else
+is loaded when it is first asked for.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from hfcompress import plugin
+
+if TYPE_CHECKING:
+    from hfcompress.checkpoint import save as save
+    from hfcompress.compressor import Compressor as Compressor
+    from hfcompress.loading import load as load
+    from hfcompress.methods import Dense as Dense
+    from hfcompress.methods import Uniform as Uniform
+    from hfcompress.reparameterization import Kind as Kind
+    from hfcompress.reparameterization import Reparameterization as Reparameterization
+    from hfcompress.schema import Compression as Compression
+    from hfcompress.schema import Distillation as Distillation
+    from hfcompress.schema import Rule as Rule
+    from hfcompress.trainer import CompressionTrainer as CompressionTrainer
+    from hfcompress.trainer import Seq2SeqCompressionTrainer as Seq2SeqCompressionTrainer
+
+_HOMES = {
+    "Compression": "schema",
+    "CompressionTrainer": "trainer",
+    "Compressor": "compressor",
+    "Dense": "methods",
+    "Distillation": "schema",
+    "Kind": "reparameterization",
+    "Reparameterization": "reparameterization",
+    "Rule": "schema",
+    "Seq2SeqCompressionTrainer": "trainer",
+    "Uniform": "methods",
+    "load": "loading",
+    "save": "checkpoint",
+}
+
+__all__ = list(_HOMES)
+
+plugin.register()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'hfcompress' has no attribute '{name}'")
+    return getattr(import_module(f"hfcompress.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,195 @@
+"""Folders: what `save` writes and `load` reads. The compressed file lies beside an ordinary config.json."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hfcompress.coding import Symbols
+from hfcompress.compressor import Compressor, kind_of
+from hfcompress.container import FORMAT, VERSION, Reader, StoredSlot, Writer
+from hfcompress.errors import FormatError
+from hfcompress.files import write_atomically
+
+FILE_NAME = "model.hfcompress.safetensors"
+"""Not model.safetensors: a reader without this package must stop, not start from random weights."""
+WRAPPER_PREFIX = "timm_model."
+"""transformers' TimmWrapper holds its timm model under this name; files use timm's own names."""
+
+
+@dataclass(frozen=True)
+class PartSize:
+    """Where the bytes of one tensor go. `codes` are its share of the entropy-coded stream, in bits."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+    method: str
+    codes: float
+    arrays: int
+
+    @property
+    def weights(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def bits_per_weight(self) -> float:
+        return (self.codes + 8 * self.arrays) / max(self.weights, 1)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A file's bytes, part by part. tensors' codes and arrays + tables + index + header = total, to the byte."""
+
+    tensors: tuple[PartSize, ...]
+    tables: int
+    index: int
+    header: int
+    total: int
+
+    @property
+    def stream(self) -> int:
+        """Bytes of the entropy-coded stream."""
+        return self.total - self.header - self.index - self.tables - sum(t.arrays for t in self.tensors)
+
+    @property
+    def weights(self) -> int:
+        return sum(t.weights for t in self.tensors)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Everything counted, buffers too."""
+        return 8 * self.total / max(self.weights, 1)
+
+
+def to_bytes(model: nn.Module, compressor: Compressor | None) -> bytes:
+    """The compressed file of `model` as it is now: claimed weights as described, everything else as it is."""
+    prefix = WRAPPER_PREFIX if _is_wrapper(model) else ""
+    entries = {} if compressor is None else compressor.entries
+    writer = Writer()
+    for name, kind, tensor in _saved_tensors(model):
+        entry = entries.get(name)
+        stored = name.removeprefix(prefix)
+        if entry is None:
+            writer.add_raw(stored, kind, tensor)
+        else:
+            slot = entry.slot if stored == name else type(entry.slot)(**{**vars(entry.slot), "name": stored})
+            with torch.no_grad():
+                description = entry.method.describe(entry.latents, entry.slot)
+            writer.add_slot(slot, tensor.dtype, entry.method, description)
+    return writer.to_bytes(f"hfcompress {version('hfcompress')}")
+
+
+def save(model: nn.Module, folder: Path | str, compressor: Compressor | None = None) -> Sizes:
+    """Write `folder`/model.hfcompress.safetensors, and for a transformers model its config.json and generation config.
+
+    The file is the old one or the new one, never a mixture: it is written beside, synced and renamed.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    data = to_bytes(model, compressor)
+    _save_config(model, folder)
+    write_atomically(folder / FILE_NAME, data)
+    return sizes(Reader(data))
+
+
+def read(path: Path | str) -> Reader:
+    """A compressed file, or the one in a folder, checked. Raises FormatError, IntegrityError."""
+    path = Path(path)
+    path = path / FILE_NAME if path.is_dir() else path
+    if not path.is_file():
+        raise FormatError(f"no compressed file at {path}: expected a folder with {FILE_NAME}, or such a file")
+    try:
+        return Reader(path.read_bytes())
+    except FormatError as error:
+        raise type(error)(f"{path}: {error}") from error
+
+
+def check_names(reader: Reader, wanted: dict[str, tuple[int, ...]], optional: set[str]) -> None:
+    """Raises FormatError unless the file holds exactly the tensors `wanted` (those in `optional` may be absent)."""
+    found = reader.shapes()
+    missing = sorted(wanted.keys() - found.keys() - optional)
+    extra = sorted(found.keys() - wanted.keys())
+    other = sorted(n for n in wanted.keys() & found.keys() if wanted[n] != found[n])
+    if missing or extra or other:
+        shapes = [f"{n} {found[n]} instead of {wanted[n]}" for n in other]
+        problems = (("lacks", missing), ("has unknown", extra), ("has other shapes:", shapes))
+        lines = [
+            f"{word} {', '.join(names[:5])}{' …' if len(names) > 5 else ''}"
+            for word, names in problems
+            if names
+        ]
+        raise FormatError("the compressed file is of another model: it " + "; it ".join(lines))
+
+
+def sizes(reader: Reader) -> Sizes:
+    """Bytes of every part of a file. A part that several tensors share is counted at the first."""
+    values = reader.values()
+    seen: set[int] = set()
+
+    def part_size(parts: list[int]) -> tuple[float, int]:
+        fresh = [p for p in dict.fromkeys(parts) if p not in seen]
+        seen.update(fresh)
+        codes, arrays = 0.0, 0
+        for part in fresh:
+            value = values[part]
+            if isinstance(value, Symbols):
+                codes += reader.table_of(part).bits(value)
+            else:
+                arrays += value.nbytes
+        return codes, arrays
+
+    def measure() -> Iterator[PartSize]:
+        for stored in reader.slots:
+            method = type(stored.method).__name__.lower()
+            yield PartSize(*_place(stored), method, *part_size(list(stored.parts.values())))
+        for raw in reader.raw:
+            yield PartSize(raw.name, raw.shape, raw.kind, "as it is", *part_size([raw.part]))
+
+    lengths = {name: array.nbytes for name, array in reader.arrays.items()}
+    header = reader.size - sum(lengths.values())
+    return Sizes(tuple(measure()), lengths.get("tables", 0), lengths["index"], header, reader.size)
+
+
+def _place(stored: StoredSlot) -> tuple[str, tuple[int, ...], str]:
+    return stored.slot.name, stored.slot.shape, stored.slot.kind.value
+
+
+def _is_wrapper(model: nn.Module) -> bool:
+    return getattr(getattr(model, "config", None), "model_type", None) == "timm_wrapper"
+
+
+def _saved_tensors(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
+    """(name, kind, tensor) of what a file must hold: each parameter once, then the persistent buffers."""
+    ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    modules = dict(model.named_modules())
+    persistent = model.state_dict().keys()
+    for name, parameter in model.named_parameters():
+        if name not in ignored:
+            owner, _, leaf = name.rpartition(".")
+            yield name, kind_of(modules[owner], leaf, parameter).value, parameter
+    for name, buffer in model.named_buffers():
+        if name in persistent and name not in ignored:
+            yield name, "buffer", buffer
+
+
+def _save_config(model: nn.Module, folder: Path) -> None:
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        return
+    model.config.dtype = str(model.dtype).removeprefix("torch.")
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    path = folder / "config.json"
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    config["quantization_config"] = {"quant_method": FORMAT, "format_version": VERSION}
+    write_atomically(path, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())

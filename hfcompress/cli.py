@@ -1,0 +1,169 @@
+"""The `hfcompress` command. Nothing heavy is imported before a command needs it.
+
+Exit codes: 0 done, 2 the user's input is wrong, 3 a compressed file is corrupt, 130 interrupted, 1 anything else.
+"""
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Optional
+
+import click
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from hfcompress.errors import HFCompressError
+
+app = typer.Typer(
+    name="hfcompress",
+    help="Compress small translation and image models while they train.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+recipes_app = typer.Typer(help="Recipes that come with the package.", invoke_without_command=True)
+app.add_typer(recipes_app, name="recipes")
+
+RecipeArgument = Annotated[
+    str, typer.Argument(help="A recipe file, or the name of one that 'hfcompress recipes' lists.")
+]
+Overrides = Annotated[
+    Optional[list[str]],  # noqa: UP045  (typer reads the annotation)
+    typer.Argument(help="section.key=value, as in teacher.training.num_train_epochs=3", show_default=False),
+]
+DataRoot = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(help="Folder that holds the recipe's data folders; without it they come from the Hub."),
+]
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    output: Annotated[Optional[Path], typer.Option(help="Output folder [default: runs/NAME]")] = None,  # noqa: UP045
+    data_root: DataRoot = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in the output folder.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Delete the run in the output folder first.")
+    ] = False,
+    reuse: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Another run's folder: take over its stages made with the same settings."),
+    ] = None,
+) -> None:
+    """Train a teacher, distil it into a compressed student, score the file, write results and model card."""
+    from hfcompress.recipe import find
+    from hfcompress.run import run_file
+
+    run_file(
+        find(recipe),
+        output,
+        overrides or (),
+        data_root=data_root,
+        resume=resume,
+        overwrite=overwrite,
+        reuse_from=reuse,
+        command=shlex.join(["hfcompress", *sys.argv[1:]]),
+        console=Console(),
+    )
+
+
+@app.command()
+def evaluate(
+    models: Annotated[list[str], typer.Argument(help="Folders or Hub repositories, compressed or dense.")],
+    recipe: Annotated[
+        str, typer.Option(help="The recipe whose test split and evaluation settings are used.")
+    ],
+    name: Annotated[Optional[str], typer.Option(help="Which recipe, where the file holds several.")] = None,  # noqa: UP045
+    data_root: DataRoot = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Write scores and outputs here.")
+    ] = None,
+) -> None:
+    """Score models on a recipe's test split, as plain transformers loads them."""
+    from hfcompress.recipe import find, load
+    from hfcompress.scoring import score_all
+
+    console = Console()
+    scored = score_all(models, load(find(recipe)), name, data_root, Console(stderr=True))
+    if json_path is not None:
+        json_path.parent.mkdir(parents=True, exist_ok=True)
+        json_path.write_text(json.dumps(scored, ensure_ascii=False, indent=1), encoding="utf-8")
+        return
+    table = Table("model", "metric", "score", "95 % interval", "rows", "signature")
+    for model, found in scored.items():
+        for metric, s in found["scores"].items():
+            low, high = s["interval"]
+            table.add_row(
+                model, metric, f"{s['value']:.2f}", f"{low:.2f} – {high:.2f}", str(s["n"]), s["signature"]
+            )
+    console.print(table)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A compressed file, or a folder that holds one.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """Show every tensor of a compressed file: shape, method, bits per weight, bytes; and what lies around them."""
+    from hfcompress.checkpoint import read, sizes
+    from hfcompress.inspection import print_sizes, record
+
+    found = sizes(read(path))
+    if as_json:
+        print(json.dumps(record(found), indent=1))
+    else:
+        print_sizes(found, Console())
+
+
+@recipes_app.callback()
+def recipes(context: typer.Context) -> None:
+    """List the recipes that come with the package."""
+    if context.invoked_subcommand is not None:
+        return
+    from hfcompress.recipe import available
+
+    table = Table("recipe", "what it is")
+    for entry in available():
+        table.add_row(entry.name, entry.description)
+    Console().print(table)
+
+
+@recipes_app.command()
+def show(recipe: RecipeArgument) -> None:
+    """Print a recipe."""
+    from hfcompress.recipe import find
+
+    print(find(recipe).read_text(encoding="utf-8"), end="")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code; errors of the package are one message without a traceback."""
+    errors = Console(stderr=True, soft_wrap=True)
+    try:
+        code = app(args=list(arguments) if arguments is not None else None, standalone_mode=False)
+    except HFCompressError as error:
+        if os.environ.get("HFCOMPRESS_DEBUG"):
+            raise
+        errors.print(f"[bold red]error:[/] {_escaped(str(error))}", highlight=False)
+        return error.exit_code
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except (KeyboardInterrupt, click.Abort):
+        errors.print("interrupted; what was committed before is kept: the same command with --resume goes on")
+        return 130
+    return code if isinstance(code, int) else 0
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

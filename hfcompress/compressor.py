@@ -1,0 +1,238 @@
+"""Rules → slots and latents; decoded weights into the model, gradients back to the latents.
+
+latents z ──decode──▶ w ──copy──▶ model.parameters()        write()      once per optimizer step
+    ▲                                  │ forward / backward of an untouched model
+    └──────── vjp of decode ◀──── param.grad                pull_back()  + gradient of rate_weight · bits / weights
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from hashlib import blake2b
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from hfcompress.errors import ConfigError
+from hfcompress.reparameterization import Kind, Latents, Reparameterization, Slot
+
+
+class RuleLike(Protocol):
+    """What the compressor reads of a rule (`hfcompress.Rule` is one)."""
+
+    @property
+    def pattern(self) -> str: ...
+    @property
+    def kinds(self) -> tuple[Kind, ...]: ...
+    @property
+    def method(self) -> Reparameterization: ...
+
+
+@dataclass
+class Entry:
+    """One claimed weight: its place, its method, the model's parameter and the latents beside it."""
+
+    slot: Slot
+    method: Reparameterization
+    parameter: nn.Parameter
+    latents: Latents
+    edge: GradientEdge | None = None
+
+
+class Compressor:
+    """Holds the latents of every weight that a rule claims; the model's parameters stay plain leaf tensors.
+
+    `rules`: in order of precedence, the first match wins; weights no rule claims stay as they are. `rate_weight`:
+    weight in the loss of the rate, in bits per claimed weight. `seed`: of training decodes that draw random numbers.
+
+    Raises ConfigError: a rule that claims nothing, two rules that claim one tied weight, a weight that is not finite.
+    """
+
+    def __init__(
+        self, model: nn.Module, rules: Sequence[RuleLike], *, rate_weight: float = 0.0, seed: int = 0
+    ) -> None:
+        self.model = model
+        self.rate_weight = rate_weight
+        self.seed = seed
+        self.step = 0
+        self.entries: dict[str, Entry] = {}
+        claims = _claim(model, rules)
+        for position in range(len(rules)):
+            mine = [c for c in claims if c[0] == position]
+            total = sum(parameter.numel() for _, _, _, parameter in mine)
+            shared: Latents = {}
+            offset = 0
+            for _, name, kind, parameter in mine:
+                slot = Slot(name, tuple(parameter.shape), kind, offset, total)
+                self.entries[name] = self._enter(slot, rules[position].method, parameter, shared)
+                offset += parameter.numel()
+        self.weights = sum(e.slot.numel for e in self.entries.values())
+        if rate_weight > 0 and not self.rate().requires_grad:
+            raise ConfigError(
+                f"rate_weight is {rate_weight}, but no method of the rules has a rate that can be trained "
+                "(uniform and dense cost what they cost): set rate_weight to 0"
+            )
+        self.write()
+
+    @staticmethod
+    def _enter(slot: Slot, method: Reparameterization, parameter: nn.Parameter, shared: Latents) -> Entry:
+        if not parameter.isfinite().all():
+            raise ConfigError(
+                f"{slot.name}: the weight holds NaN or infinity; nothing can be compressed from it"
+            )
+        with torch.no_grad():
+            latents = {**method.init(parameter.detach(), slot), **shared}
+        for name, latent in latents.items():
+            if latent.is_floating_point():
+                latent.requires_grad_(True)
+            if name in method.shared:
+                shared[name] = latent
+        return Entry(slot, method, parameter, latents)
+
+    def write(self, *, hard: bool = True) -> None:
+        """Decode every weight into its parameter, in place. `hard=False`: with the draws of this training step."""
+        for entry in self.entries.values():
+            if hard and entry.method.noisy:
+                with torch.no_grad():
+                    weight = entry.method.decode(entry.latents, entry.slot, hard=True)
+            else:
+                weight = self._decode(entry)
+                # the graph waits for the gradient; its value lives in the parameter and is not kept twice
+                entry.edge = get_gradient_edge(weight) if weight.requires_grad else None
+            entry.parameter.data.copy_(weight.detach())
+
+    def pull_back(self) -> None:
+        """Turn the parameters' gradients into the latents', and add the rate's. Advances the step of the draws."""
+        edges, gradients = [], []
+        for entry in self.entries.values():
+            edge, entry.edge = entry.edge, None
+            if entry.parameter.grad is None:
+                continue  # frozen or unused: only the rate moves its latents
+            if edge is None:
+                weight = self._decode(entry)
+                if not weight.requires_grad:
+                    continue
+                edge = get_gradient_edge(weight)
+            edges.append(edge)
+            gradients.append(entry.parameter.grad)
+        if edges:
+            torch.autograd.backward(edges, gradients)
+        if self.rate_weight > 0:
+            (self.rate_weight / self.weights * self.rate()).backward()
+        self.step += 1
+
+    def rate(self) -> Tensor:
+        """Bits of all slots: a scalar."""
+        bits = [e.method.rate(e.latents, self._drawn(e)) for e in self.entries.values()]
+        return torch.stack(bits).sum() if bits else torch.zeros(())
+
+    @property
+    def noisy(self) -> bool:
+        """Whether training steps see other weights than evaluations."""
+        return any(e.method.noisy for e in self.entries.values())
+
+    def trained(self) -> Iterator[tuple[nn.Parameter, Tensor, bool]]:
+        """(parameter, latent, whether weight decay acts on it) for every float latent, shared ones once."""
+        seen: set[int] = set()
+        for entry in self.entries.values():
+            for name, latent in entry.latents.items():
+                if latent.is_floating_point() and id(latent) not in seen:
+                    seen.add(id(latent))
+                    yield entry.parameter, latent, name in entry.method.decayed
+
+    def state_dict(self) -> dict[str, Any]:
+        latents = {name: {k: z.detach() for k, z in e.latents.items()} for name, e in self.entries.items()}
+        return {"step": self.step, "latents": latents}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Latents and step as saved, and the weights they decode to. Raises ConfigError: other slots or shapes."""
+        found, wanted = state["latents"], self.state_dict()["latents"]
+        _check_same(found, wanted)
+        with torch.no_grad():
+            for name, entry in self.entries.items():
+                for key, latent in entry.latents.items():
+                    latent.copy_(found[name][key])
+        self.step = int(state["step"])
+        self.write()
+
+    def _drawn(self, entry: Entry) -> Slot:
+        key = f"{self.seed}/{self.step}/{entry.slot.name}".encode()
+        return replace(entry.slot, draw=int.from_bytes(blake2b(key, digest_size=7).digest(), "big"))
+
+    def _decode(self, entry: Entry) -> Tensor:
+        with torch.enable_grad():
+            return entry.method.decode(
+                entry.latents, self._drawn(entry) if entry.method.noisy else entry.slot, hard=False
+            )
+
+
+def kind_of(module: nn.Module, leaf: str, parameter: nn.Parameter) -> Kind:
+    """What the parameter called `leaf` does in `module`."""
+    if leaf.endswith("bias"):
+        return Kind.BIAS
+    if isinstance(module, nn.Embedding):
+        return Kind.EMBEDDING
+    if isinstance(module, nn.Linear):
+        return Kind.LINEAR
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return Kind.CONV
+    if parameter.ndim <= 1 and "norm" in type(module).__name__.lower():
+        return Kind.NORM
+    return Kind.OTHER
+
+
+def _claim(model: nn.Module, rules: Sequence[RuleLike]) -> list[tuple[int, str, Kind, nn.Parameter]]:
+    """(rule, name, kind, parameter) for every parameter some rule claims, each parameter once."""
+    aliases: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        aliases.setdefault(id(parameter), []).append(name)
+    modules = dict(model.named_modules())
+    ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    claims = []
+    for name, parameter in model.named_parameters():
+        names = aliases[id(parameter)]
+        if ignored & set(names) or not parameter.is_floating_point():
+            continue  # computed at construction, never saved (Marian's sinusoidal positions)
+        owner, _, leaf = name.rpartition(".")
+        kind = kind_of(modules[owner], leaf, parameter)
+        first = {alias: _first_match(rules, alias, kind) for alias in names}
+        picks = set(first.values()) - {None}
+        if len(picks) > 1:
+            listing = ", ".join(
+                f"{alias} by rule {rule}" for alias, rule in first.items() if rule is not None
+            )
+            raise ConfigError(
+                f"one tied weight is claimed by several rules: {listing}. Let one rule cover all its names"
+            )
+        claims += [(pick, name, kind, parameter) for pick in picks if pick is not None]
+    for position, rule in enumerate(rules):
+        if not any(claim[0] == position for claim in claims):
+            kinds = ", ".join(k.value for k in rule.kinds)
+            examples = ", ".join(name for name, _ in list(model.named_parameters())[:3])
+            raise ConfigError(
+                f"rule {position} (pattern '{rule.pattern}', kinds {kinds}) claims no weight: none matches, or earlier "
+                f"rules took them all. The model's weights are called {examples}, …"
+            )
+    return claims
+
+
+def _first_match(rules: Sequence[RuleLike], name: str, kind: Kind) -> int | None:
+    matches = (i for i, rule in enumerate(rules) if kind in rule.kinds and fnmatchcase(name, rule.pattern))
+    return next(matches, None)
+
+
+def _check_same(found: dict[str, Latents], wanted: dict[str, Latents]) -> None:
+    shapes = [
+        {f"{n}:{k}": tuple(z.shape) for n, zs in side.items() for k, z in zs.items()}
+        for side in (found, wanted)
+    ]
+    if shapes[0] != shapes[1]:
+        differing = sorted(
+            k for k in shapes[0].keys() | shapes[1].keys() if shapes[0].get(k) != shapes[1].get(k)
+        )
+        raise ConfigError(
+            f"the saved latents are not this model's: {len(differing)} differ, first {differing[0]} "
+            f"(saved {shapes[0].get(differing[0])}, here {shapes[1].get(differing[0])}). Were the rules or the model changed?"
+        )

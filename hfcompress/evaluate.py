@@ -1,0 +1,148 @@
+"""Scores of a folder or repository as plain transformers loads it, and the yardsticks for its size."""
+
+import gzip
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from sacrebleu.metrics import BLEU, CHRF
+from torch import Tensor, nn
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+)
+
+from hfcompress import cifar
+from hfcompress.checkpoint import FILE_NAME
+from hfcompress.data import with_images
+from hfcompress.errors import DataError
+from hfcompress.results import Sample, Score, wilson
+from hfcompress.schema import Evaluation
+
+Progress = Callable[[int, int], None]
+"""Called with (rows done, rows in all)."""
+
+
+def score_translation(
+    model: str, test: Dataset, settings: Evaluation, progress: Progress | None = None
+) -> tuple[dict[str, Score], list[Sample]]:
+    """BLEU and chrF of sacrebleu with bootstrap intervals, and every hypothesis with its own chrF.
+
+    `test` has columns source and target. Sentences are decoded in batches of like length, longest first.
+    """
+    network = AutoModelForSeq2SeqLM.from_pretrained(model).eval().to(_device())
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    sources, references = list(test["source"]), list(test["target"])
+    hypotheses = [""] * len(sources)
+    order = sorted(range(len(sources)), key=lambda i: -len(sources[i]))
+    for start in range(0, len(order), settings.batch_size):
+        rows = order[start : start + settings.batch_size]
+        batch = tokenizer([sources[i] for i in rows], return_tensors="pt", padding=True, truncation=True)
+        with torch.inference_mode():
+            ids = network.generate(
+                **batch.to(network.device), num_beams=settings.beams, max_new_tokens=settings.max_new_tokens
+            )
+        for i, text in zip(rows, tokenizer.batch_decode(ids, skip_special_tokens=True)):
+            hypotheses[i] = text
+        if progress is not None:
+            progress(min(start + len(rows), len(order)), len(order))
+    return corpus_scores(hypotheses, references, settings.bootstrap), [
+        Sample(s, r, h, CHRF().sentence_score(h, [r]).score)
+        for s, r, h in zip(sources, references, hypotheses)
+    ]
+
+
+def corpus_scores(hypotheses: Sequence[str], references: Sequence[str], resamples: int) -> dict[str, Score]:
+    """BLEU and chrF. Raises DataError: different numbers of lines (sacrebleu itself would score the shorter) or none."""
+    if len(hypotheses) != len(references) or not hypotheses:
+        raise DataError(
+            f"{len(hypotheses)} hypotheses for {len(references)} references: there must be one for each"
+        )
+    scores = {}
+    for name, metric in (("bleu", BLEU()), ("chrf", CHRF())):
+        value = metric.corpus_score(list(hypotheses), [list(references)]).score
+        interval = (value, value)
+        if resamples:
+            resampled = type(metric)().corpus_score(
+                list(hypotheses), [list(references)], n_bootstrap=resamples
+            )
+            interval = (
+                max(0.0, resampled._mean - resampled._ci),
+                min(100.0, resampled._mean + resampled._ci),
+            )
+        scores[name] = Score(float(value), len(hypotheses), str(metric.get_signature()), interval)
+    return scores
+
+
+def score_images(
+    model: str, test: Dataset, settings: Evaluation, progress: Progress | None = None
+) -> tuple[dict[str, Score], list[Sample]]:
+    """Top-1 accuracy in percent with Wilson's interval, and every row with the probability of its right label.
+
+    `test` has columns image and label. Raises DataError: the model's labels are not the test split's.
+    """
+    cifar.register()
+    network = AutoModelForImageClassification.from_pretrained(model).eval().to(_device())
+    processor = AutoImageProcessor.from_pretrained(model)
+    names = test.features["label"].names
+    known = [network.config.id2label[i] for i in range(network.config.num_labels)]
+    if known != names and len(known) != len(names):
+        raise DataError(f"{model} knows {len(known)} labels, the test split has {len(names)}")
+    rows = with_images(test, lambda image: processor(image.convert("RGB"))["pixel_values"][0])
+    right: list[float] = []
+    samples = []
+    for start in range(0, len(test), settings.batch_size):
+        batch = rows[start : start + settings.batch_size]
+        labels = torch.tensor(batch["labels"])
+        with torch.inference_mode():
+            logits = network(torch.stack(batch["pixel_values"]).to(network.device)).logits.cpu()
+        predicted, chance = logits.argmax(-1), logits.softmax(-1)[torch.arange(len(labels)), labels]
+        right += (predicted == labels).tolist()
+        samples += [
+            Sample(f"test image {start + i}", names[label], names[guess], 100 * float(p))
+            for i, (label, guess, p) in enumerate(zip(labels.tolist(), predicted.tolist(), chance))
+        ]
+        if progress is not None:
+            progress(start + len(labels), len(test))
+    correct = int(sum(right))
+    signature = f"top1|split:test|size:{processor.data_config['input_size'][-1]}|crop_pct:{processor.data_config['crop_pct']}"
+    score = Score(100 * correct / len(test), len(test), signature, wilson(correct, len(test)))
+    return {"accuracy": score}, samples
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of the weight files of a folder: the compressed file, or dense safetensors. Raises DataError: neither."""
+    compressed = folder / FILE_NAME
+    files = [compressed] if compressed.is_file() else sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise DataError(f"no weights in {folder}: expected {FILE_NAME} or model.safetensors")
+    return sum(file.stat().st_size for file in files)
+
+
+def int8_gzip_bytes(model: nn.Module) -> int:
+    """The yardstick: weights of two or more dimensions in int8 with a float32 scale a row, the rest float32; gzip -9."""
+    ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    persistent = model.state_dict().keys()
+    parts: list[bytes] = []
+    buffers = ((n, b) for n, b in model.named_buffers() if n in persistent)
+    for name, tensor in [*model.named_parameters(), *buffers]:
+        if name not in ignored:
+            parts += _int8(tensor.detach().cpu())
+    return len(gzip.compress(b"".join(parts), compresslevel=9, mtime=0))
+
+
+def _int8(tensor: Tensor) -> list[bytes]:
+    if tensor.ndim < 2 or not tensor.is_floating_point():
+        return [tensor.contiguous().numpy().tobytes()]
+    rows = tensor.float().reshape(len(tensor), -1)
+    scale = (rows.abs().amax(1, keepdim=True) / 127).clamp_min(1e-12)
+    codes = (rows / scale).round().to(torch.int8)
+    return [codes.numpy().tobytes(), scale.numpy().astype(np.float32).tobytes()]
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,43 @@
+"""The weight itself, in a floating-point format of choice: the control, and the place for norms and biases."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hfcompress.reparameterization import Description, Latents, Reparameterization, Slot
+from hfcompress.rounding import cast_through
+
+_DTYPES = {"float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Dense(Reparameterization):
+    """Store the weight as `dtype`; the gradient passes straight through the cast.
+
+    Rate: 16 or 32 bits a weight. A float32 weight outside float16's range decodes to infinity there and is refused
+    by `describe`'s caller as not finite.
+    """
+
+    dtype: Literal["float16", "float32"] = "float16"
+
+    decayed: ClassVar[frozenset[str]] = frozenset({"weight"})
+
+    def init(self, weight: Tensor, slot: Slot) -> Latents:
+        return {"weight": weight.detach().clone()}
+
+    def decode(self, latents: Latents, slot: Slot, *, hard: bool) -> Tensor:
+        return cast_through(latents["weight"], _DTYPES[self.dtype])
+
+    def rate(self, latents: Latents, slot: Slot) -> Tensor:
+        return latents["weight"].new_tensor(float(slot.numel * _DTYPES[self.dtype].itemsize * 8))
+
+    def describe(self, latents: Latents, slot: Slot) -> Description:
+        return {"weight": latents["weight"].detach().to(_DTYPES[self.dtype]).cpu().numpy()}
+
+    def restore(self, description: Description, slot: Slot) -> Latents:
+        weight = description["weight"]
+        assert isinstance(weight, np.ndarray)
+        return {"weight": torch.from_numpy(weight.astype(np.float32)).reshape(slot.shape)}

@@ -1,0 +1,110 @@
+"""Uniform quantization with linear scaling per bucket, trained straight through.
+
+Polino, Pascanu, Alistarh, "Model compression via distillation and quantization", ICLR 2018, sections 2.1, 3 and
+algorithm 1 (quantized distillation). A weight is flattened and cut into buckets of `bucket` elements; with low and
+high the least and greatest weight of a bucket,
+
+    step = (high − low) / (2^bits − 1),   code = round((w − low) / step) ∈ {0 … 2^bits − 1},   ŵ = low + step · code
+
+and the gradient of ŵ is applied to w unchanged. `low` and `step` are rounded to the precision in which the file keeps
+them *before* the codes are chosen, so that the weights trained are the weights shipped.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hfcompress.coding import Symbols
+from hfcompress.errors import ConfigError
+from hfcompress.reparameterization import Description, Latents, Reparameterization, Slot
+from hfcompress.rounding import from_buckets, replace_through, stochastic_round, to_buckets
+
+_SCALES = {"float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Uniform(Reparameterization):
+    """`bits` per weight on a uniform grid scaled to each bucket of `bucket` weights (None: the whole tensor).
+
+    Rate: bits · n + 2 scales a bucket, in bits; the entropy coder only takes away from it. `stochastic`: in training
+    decodes a weight goes up with the probability of its fraction (unbiased); hard decodes always round to nearest.
+
+    Raises ConfigError: bits outside 1 … 8, bucket < 1.
+    """
+
+    bits: int = 4
+    bucket: int | None = 256
+    stochastic: bool = False
+    scales: Literal["float16", "float32"] = "float16"
+
+    decayed: ClassVar[frozenset[str]] = frozenset({"weight"})
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.bits <= 8:
+            raise ConfigError(f"uniform: bits must be 1 to 8, found {self.bits}")
+        if self.bucket is not None and self.bucket < 1:
+            raise ConfigError(
+                f"uniform: bucket must be at least 1, or null for the whole tensor, found {self.bucket}"
+            )
+
+    @property
+    def noisy(self) -> bool:
+        return self.stochastic
+
+    def init(self, weight: Tensor, slot: Slot) -> Latents:
+        return {"weight": weight.detach().clone()}
+
+    def decode(self, latents: Latents, slot: Slot, *, hard: bool) -> Tensor:
+        if "codes" in latents:
+            return self._dequantize(latents["codes"].float(), latents["low"], latents["step"], slot)
+        weight = latents["weight"]
+        with torch.no_grad():
+            codes, low, step = self._quantize(weight, None if hard or not self.stochastic else slot.draw)
+            decoded = self._dequantize(codes, low, step, slot).to(weight.dtype)
+        return replace_through(weight, decoded)
+
+    def rate(self, latents: Latents, slot: Slot) -> Tensor:
+        buckets = -(-slot.numel // (self.bucket or max(slot.numel, 1)))
+        scale_bits = 2 * 8 * _SCALES[self.scales].itemsize
+        return latents["weight"].new_tensor(float(self.bits * slot.numel + scale_bits * buckets))
+
+    def describe(self, latents: Latents, slot: Slot) -> Description:
+        codes, low, step = self._quantize(latents["weight"].detach(), None)
+        values = codes.flatten()[: slot.numel].to(torch.int32).cpu().numpy()
+        scale = _SCALES[self.scales]
+        return {
+            "codes": Symbols(values),
+            "low": low.flatten().to(scale).cpu().numpy(),
+            "step": step.flatten().to(scale).cpu().numpy(),
+        }
+
+    def restore(self, description: Description, slot: Slot) -> Latents:
+        """Codes and scales themselves: quantizing the decoded weight a second time need not give the same codes."""
+        codes, low, step = description["codes"], description["low"], description["step"]
+        assert isinstance(codes, Symbols) and isinstance(low, np.ndarray) and isinstance(step, np.ndarray)
+        if codes.values.size != slot.numel:
+            raise ValueError(f"{codes.values.size} codes for {slot.numel} weights")
+        lows, steps = (torch.from_numpy(s.astype(np.float32)).unsqueeze(1) for s in (low, step))
+        return {"codes": to_buckets(torch.from_numpy(codes.values), self.bucket), "low": lows, "step": steps}
+
+    def _quantize(self, weight: Tensor, draw: int | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes [buckets, bucket] as float32, low [buckets, 1], step [buckets, 1] as float32."""
+        rows = to_buckets(weight.float(), self.bucket)
+        top = 2**self.bits - 1
+        scale = _SCALES[self.scales]
+        if rows.numel() == 0:
+            empty = rows.new_zeros(0, 1)
+            return rows, empty, empty
+        low, high = torch.aminmax(rows, dim=1, keepdim=True)
+        low = low.to(scale).float()
+        step = ((high - low) / top).to(scale).float()
+        position = (rows - low) / torch.where(step > 0, step, torch.ones_like(step))
+        rounded = position.round() if draw is None else stochastic_round(position, draw)
+        return rounded.clamp_(0, top), low, step
+
+    def _dequantize(self, codes: Tensor, low: Tensor, step: Tensor, slot: Slot) -> Tensor:
+        # two kernels on purpose: a fused multiply-add would round once instead of twice, and differ between machines
+        return from_buckets(codes * step + low, slot.shape)

@@ -1,0 +1,145 @@
+"""Networks from a recipe: pretrained, from scratch, or cut from a teacher; always transformers models."""
+
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForImageClassification,
+    AutoModelForSeq2SeqLM,
+    MarianConfig,
+    MarianMTModel,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+    set_seed,
+)
+
+from hfcompress import cifar
+from hfcompress.errors import ConfigError, DataError
+from hfcompress.schema import ImageData, Network
+from hfcompress.students import from_teacher
+
+
+def translator(
+    network: Network,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    seed: int,
+    teacher: PreTrainedModel | None,
+) -> PreTrainedModel:
+    """A seq2seq model over `tokenizer`'s vocabulary. Raises ConfigError: unknown or impossible fields."""
+    set_seed(seed)
+    if network.timm is not None:
+        raise ConfigError(
+            "a translation recipe cannot have a 'timm' network: give marian, pretrained or from_teacher"
+        )
+    if network.pretrained is not None:
+        return _pretrained(AutoModelForSeq2SeqLM, network)
+    if network.from_teacher is not None:
+        if teacher is None:
+            raise ConfigError("'from_teacher' needs a teacher")
+        return from_teacher(teacher, network.from_teacher)
+    return MarianMTModel(_marian_config(network.marian or {}, tokenizer, max_length))
+
+
+def classifier(
+    network: Network, data: ImageData, labels: list[str], data_root: Path | None, seed: int
+) -> PreTrainedModel:
+    """An image classifier over `labels`, inside transformers' TimmWrapper. Raises ConfigError, DataError."""
+    set_seed(seed)
+    if network.pretrained is not None:
+        return _pretrained(AutoModelForImageClassification, network)
+    if network.timm is None:
+        raise ConfigError("an image recipe's network is 'timm' or 'pretrained'")
+    cifar.register()
+    if not timm.is_model(network.timm):
+        near = timm.list_models(f"*{network.timm[:6]}*")[:5]
+        raise ConfigError(
+            f"timm has no architecture '{network.timm}'; near ones: {', '.join(near) or 'none'}"
+        )
+    shape = {
+        "input_size": [len(data.mean), data.size, data.size],
+        "mean": list(data.mean),
+        "std": list(data.std),
+    }
+    config = TimmWrapperConfig(
+        architecture=network.timm,
+        model_args=dict(network.arguments) or None,
+        pretrained_cfg={**shape, "crop_pct": 1.0, "interpolation": "bicubic"},
+        id2label=dict(enumerate(labels)),
+        label2id={label: i for i, label in enumerate(labels)},
+    )
+    try:
+        model = TimmWrapperForImageClassification(config)
+    except TypeError as error:
+        raise ConfigError(f"timm's {network.timm} does not take these arguments: {error}") from error
+    if network.weights is not None:
+        _load_weights(model, network.weights, data_root)
+    return model
+
+
+def tokenizer_of(network: Network) -> str:
+    """Where a pretrained network's tokenizer is found: with the network."""
+    assert network.pretrained is not None
+    return network.pretrained
+
+
+def _pretrained(auto: Any, network: Network) -> PreTrainedModel:
+    try:
+        model: PreTrainedModel = auto.from_pretrained(network.pretrained, revision=network.revision or "main")
+    except (OSError, ValueError) as error:
+        message = str(error).strip().splitlines()[0]
+        raise DataError(
+            f"cannot load '{network.pretrained}': {message}. Give a Hub id (and be online) or a local folder"
+        ) from error
+    return model
+
+
+def _marian_config(
+    fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> MarianConfig:
+    known = MarianConfig().to_dict().keys()
+    unknown = sorted(fields.keys() - known)
+    if unknown:
+        raise ConfigError(
+            f"MarianConfig has no {', '.join(unknown)}; see transformers' documentation of MarianConfig"
+        )
+    pad = tokenizer.pad_token_id
+    given: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": pad,
+        "decoder_start_token_id": pad,
+        "eos_token_id": tokenizer.eos_token_id,
+        "forced_eos_token_id": tokenizer.eos_token_id,
+        "bad_words_ids": [[pad]],
+        "max_position_embeddings": max(max_length, 128),
+        "scale_embedding": True,
+        "activation_function": "relu",
+    }
+    return MarianConfig(**{**given, **fields})
+
+
+def _load_weights(model: PreTrainedModel, weights: str, data_root: Path | None) -> None:
+    path = (data_root or Path()) / weights
+    if not path.is_file():
+        raise DataError(f"no weights at {path}: give the folder that holds '{weights}' as --data-root")
+    state = load_file(path)
+    network = model.timm_model
+    optional = {name for name in network.state_dict() if name.endswith("num_batches_tracked")}
+    found = network.load_state_dict(state, strict=False)
+    missing = set(found.missing_keys) - optional
+    if missing or found.unexpected_keys:
+        raise DataError(
+            f"{path} is of another network: {len(missing)} weights missing (first {min(missing, default='none')}), "
+            f"{len(found.unexpected_keys)} unknown (first {min(found.unexpected_keys, default='none')})"
+        )
+
+
+def parameters(model: torch.nn.Module) -> int:
+    """Trainable numbers, a tied weight once, sinusoidal positions not at all."""
+    ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    return sum(p.numel() for name, p in model.named_parameters() if name not in ignored)

@@ -1,0 +1,83 @@
+"""A rich progress bar for the Trainer, and plain lines where there is no terminal."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+_SHOWN = ("loss", "ce", "kd", "eval_loss", "eval_accuracy", "eval_bleu")
+
+
+def bar(console: Console) -> Progress:
+    """The bar that every long step of a run shows."""
+    columns = (TextColumn("[bold]{task.description:<16}"), BarColumn(), MofNCompleteColumn())
+    return Progress(
+        *columns,
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+    )
+
+
+class TrainingProgress(TrainerCallback):
+    """Steps, time and the latest losses of a stage called `name`; on the main process only."""
+
+    def __init__(self, name: str, console: Console | None = None) -> None:
+        self.name = name
+        self.console = console or Console(stderr=True)
+        self.bar: Progress | None = None
+        self.latest: dict[str, float] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero and self.console.is_terminal:
+            self.bar = bar(self.console)
+            self.bar.start()
+            self.task = self.bar.add_task(
+                self.name, total=state.max_steps, completed=state.global_step, note=""
+            )
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.bar is not None:
+            self.bar.update(self.task, completed=state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.latest.update({k: float(v) for k, v in (logs or {}).items() if k in _SHOWN})
+        note = "  ".join(f"{k} {v:.4g}" for k, v in self.latest.items())
+        if self.bar is not None:
+            self.bar.update(self.task, note=note)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.bar is None and state.is_world_process_zero:
+            note = "  ".join(f"{k} {v:.4g}" for k, v in self.latest.items())
+            self.console.print(
+                f"{self.name}: step {state.global_step}/{state.max_steps}  {note}", highlight=False
+            )
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None

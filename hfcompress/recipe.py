@@ -1,0 +1,200 @@
+"""Recipes: read from YAML, changed by overrides, checked whole, written back; and those that are shipped."""
+
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from hfcompress.errors import ConfigError
+from hfcompress.recipe_checks import check, default, dotted, keys_at, nearest, show
+from hfcompress.reparameterization import Reparameterization
+from hfcompress.schema import Recipe
+from hfcompress.yaml_lines import Address, Document, Fault, Place, parse, read, refuse, write
+
+SHIPPED = Path(__file__).resolve().parent.parent / "recipes"
+"""Beside the package in a checkout; absent where the package alone is installed."""
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> list[Recipe]:
+    """The recipes of a file, one per YAML document; their names differ.
+
+    `overrides`: each `section.key=value` sets a key in every recipe that has the section, and each
+    `NAME:section.key=value` in the recipe of that name alone. The value is a YAML scalar or flow collection;
+    items of lists go by index: `compression.rules.0.method.uniform.bits=2`. All are applied, in order, before
+    anything is checked.
+
+    Raises ConfigError: one message with a line for each fault, each with its file and line, or its override.
+    """
+    documents = read(path)
+    faults: list[Fault] = []
+    for text in overrides:
+        faults += _override(text, documents, Place(str(path), override=text))
+    faults += _repeated_names(documents)
+    recipes: list[Recipe] = []
+    for document in documents:
+        match check(document):
+            case Recipe() as recipe:
+                recipes.append(recipe)
+            case found:
+                faults += found
+    refuse(faults)
+    return recipes
+
+
+def dump(recipe: Recipe) -> str:
+    """`recipe` as YAML that `load` reads back equal: defaults spelled out, keys in the schema's order."""
+    return write(_plain(recipe))
+
+
+def _plain(value: Any) -> Any:
+    """What a recipe holds as a document's tree. Left out: keys that hold None and do so by default."""
+    if isinstance(value, Reparameterization):
+        return {type(value).__name__.lower(): _fields(value)}
+    if is_dataclass(value):
+        return _fields(value)
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value.value if isinstance(value, Enum) else value
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    items = ((field.name, getattr(value, field.name), default(field)) for field in fields(value))
+    return {name: _plain(item) for name, item, usual in items if item is not None or usual is not None}
+
+
+def _repeated_names(documents: list[Document]) -> Iterator[Fault]:
+    names = [document.at("name") for document in documents]
+    for document, name in zip(documents, names):
+        if name is not None and names.count(name) > 1:
+            yield (
+                document.place(("name",)),
+                f"name: {names.count(name)} recipes of this file are named '{name}'",
+            )
+
+
+# -- overrides ------------------------------------------------------------------------------------------
+
+
+def _override(text: str, documents: list[Document], place: Place) -> Iterator[Fault]:
+    """Sets what `text` says in those documents it is for that have the section; it is a fault if none has."""
+    target, equals, value = text.partition("=")
+    name, colon, key = target.rpartition(":")
+    steps = key.split(".")
+    if not equals or not all(steps):
+        yield place, "expected section.key=value or NAME:section.key=value"
+        return
+    names = [str(document.at("name")) for document in documents]
+    chosen = [document for document in documents if not colon or document.at("name") == name]
+    if not chosen:
+        yield place, f"no recipe of this file has the name '{name}'{nearest(name, names)}"
+        return
+    new = _value(value, place)
+    misses: list[Fault] = []
+    for document in chosen:
+        try:
+            container, address = _container(document, steps, place)
+        except ConfigError as error:
+            misses.append((place, str(error)))
+        else:
+            document.put(container, address, deepcopy(new), place)
+    if len(misses) == len(chosen):
+        yield from misses
+
+
+def _value(text: str, place: Place) -> Any:
+    documents = parse(text, lambda line, column: place)
+    value = documents[0].tree if documents else None
+    if len(documents) > 1 or (isinstance(value, dict | list) and text.lstrip()[0] not in "{["):
+        wanted = "expected a scalar, a [list] or a {mapping}; text with ': ' or '- ' in it needs quotes"
+        raise ConfigError(f"{place}: {wanted}")
+    return value
+
+
+def _container(document: Document, steps: Sequence[str], place: Place) -> tuple[Any, Address]:
+    """The mapping or list in which the last step is a key or an index, and the address of the item it names.
+
+    Sections on the way that every recipe has (`evaluation`) are made; those that are there by choice
+    (`translation`, a method's name) are not.
+
+    Raises ConfigError: such a section is absent, or a step is no key or index there.
+    """
+    node, address = document.tree, _extended((), document.tree, steps[0])
+    for step in steps[1:]:
+        if isinstance(node, dict) and node.get(address[-1]) is None:
+            if (keys_at(address[:-1]) or {}).get(str(address[-1]), MISSING) is not MISSING:
+                raise ConfigError(f"there is no section '{dotted(address)}' to set it in")
+            node[address[-1]] = {}
+            document.places.setdefault(address, place)
+        node = node[address[-1]]
+        address = _extended(address, node, step)
+    return node, address
+
+
+def _extended(address: Address, node: Any, step: str) -> Address:
+    """The address of the item that `step` names in `node`, which is at `address`."""
+    if isinstance(node, list):
+        indices = [str(index) for index in range(len(node))]
+        if step not in indices:
+            count = f"a list of {len(node)}, counted from 0"
+            raise ConfigError(f"{dotted(address)}: there is no item '{step}' in {count}")
+        return (*address, int(step))
+    if not isinstance(node, dict):
+        raise ConfigError(f"{dotted(address)}: there is no key '{step}', as it is {show(node)}")
+    keys = keys_at(address)
+    if keys is not None and step not in keys:
+        raise ConfigError(f"{dotted(address)}: there is no key '{step}'{nearest(step, keys)}")
+    return (*address, step)
+
+
+# -- shipped recipes ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, order=True)
+class Shipped:
+    """A recipe file that comes with the package; its name is its path below the folder, without `.yaml`."""
+
+    name: str
+    path: Path
+    description: str
+
+
+def available(folder: Path = SHIPPED) -> list[Shipped]:
+    """Every recipe file in `folder` and below, by name; none is validated.
+
+    Its description: the first line of its first recipe's `description`, or of the comment that opens it.
+    """
+    return [Shipped(name, path, _description(path)) for name, path in _named(folder).items()]
+
+
+def find(name_or_path: str, folder: Path = SHIPPED) -> Path:
+    """The recipe file at this path, or the one in `folder` of this name.
+
+    Raises ConfigError: there is neither.
+    """
+    path, named = Path(name_or_path), _named(folder)
+    if path.is_file():
+        return path
+    if name_or_path in named:
+        return named[name_or_path]
+    found = "a folder, not a recipe file" if path.is_dir() else "no such file"
+    raise ConfigError(f"{name_or_path}: {found}, nor a shipped recipe's name{nearest(name_or_path, named)}")
+
+
+def _named(folder: Path) -> dict[str, Path]:
+    paths = sorted(path for path in folder.rglob("*.yaml") if path.is_file())
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in paths}
+
+
+def _description(path: Path) -> str:
+    try:
+        text = read(path)[0].at("description")
+    except ConfigError:  # a broken file is listed too: running it tells what is wrong with it
+        text = None
+    if not isinstance(text, str) or not text:
+        opening = path.read_text("utf-8", errors="replace").partition("\n")[0]
+        text = opening.lstrip("# ") if opening.startswith("#") else ""
+    return text.strip().partition("\n")[0]

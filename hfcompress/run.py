@@ -1,0 +1,261 @@
+"""A recipe from data to compressed student, scored from its file in a fresh process.
+
+teacher ──▶ student ──▶ post_training          stages/…: each trained once, resumed or reused
+    └─────▶ compressed ──▶ student/            the file, config.json, tokenizer, README.md, pictures
+             all four ──▶ `hfcompress evaluate` in a new process ──▶ results.json
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from rich.console import Console
+from transformers import PreTrainedModel
+
+from hfcompress import checkpoint, report
+from hfcompress.card import write_card
+from hfcompress.compressor import Compressor
+from hfcompress.errors import ConfigError, HFCompressError
+from hfcompress.evaluate import int8_gzip_bytes, weight_bytes
+from hfcompress.files import write_atomically
+from hfcompress.loading import load as load_model
+from hfcompress.networks import parameters
+from hfcompress.recipe import dump, load
+from hfcompress.results import DataFacts, Results, Row, Sample, Score, by_kind
+from hfcompress.schema import Network, Recipe
+from hfcompress.stages import MARKER, Stage, fingerprint, finished, reuse, train
+from hfcompress.tasks import Task, data_settings, task_of
+
+RESULTS, RECIPE = "results.json", "recipe.yaml"
+
+
+class Run:
+    """One recipe in one output folder.
+
+    resume: go on with what is there; overwrite: delete it first; with neither, a folder that holds a run is refused.
+    reuse_from: another run's folder, whose stages are taken over where they were made with the same settings.
+    Raises ConfigError, DataError, TeacherError, ResumeError, Interrupted.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        output: Path,
+        *,
+        data_root: Path | None = None,
+        resume: bool = False,
+        overwrite: bool = False,
+        reuse_from: Path | None = None,
+        command: str = "",
+        console: Console | None = None,
+    ) -> None:
+        self.recipe, self.output, self.data_root = recipe, output, data_root
+        self.reuse_from, self.command = reuse_from, command
+        self.console = console or Console()
+        self.main = PartialState().is_main_process
+        self._claim_output(resume, overwrite)
+
+    def run(self) -> Results:
+        """All stages, scores, results.json, pictures and the card; prints the table."""
+        self._say(f"[bold]{self.recipe.name}[/]: {self.recipe.description}".rstrip(": "))
+        task = task_of(self.recipe, self.data_root)
+        with PartialState().main_process_first():
+            facts = task.prepare(self.output / "stages" / "vocabulary")
+        stages = self._stages(task)
+        PartialState().wait_for_everyone()
+        if not self.main:
+            return Results((), self.recipe.seed, {}, {}, {})
+        results, samples = self._score(stages)
+        self._publish(results, samples, stages, facts)
+        report.print_table(results, self.console)
+        self._say(f"the compressed student, its card and its pictures are in {self.output / 'student'}")
+        return results
+
+    def _claim_output(self, resume: bool, overwrite: bool) -> None:
+        if resume and overwrite:
+            raise ConfigError("--resume and --overwrite contradict each other: give one")
+        held = self.output.is_dir() and any(self.output.iterdir())
+        if held and not resume and not overwrite:
+            raise ConfigError(
+                f"{self.output} already holds a run: go on with --resume, replace it with --overwrite, "
+                "or name another folder with --output"
+            )
+        if held and overwrite and not any((self.output / n).exists() for n in ("stages", RECIPE, RESULTS)):
+            raise ConfigError(
+                f"{self.output} holds other files than a run's; --overwrite would delete them all"
+            )
+        if self.main:
+            if held and overwrite:
+                shutil.rmtree(self.output)
+            write_atomically(self.output / RECIPE, dump(self.recipe).encode())
+        PartialState().wait_for_everyone()
+
+    def _stages(self, task: Task) -> dict[str, Stage]:
+        recipe = self.recipe
+        data = data_settings(recipe)
+        shared = fingerprint(data, asdict(recipe.teacher), recipe.training)
+        teacher = self._stage(
+            "teacher", task, shared, recipe.teacher, lambda: task.build(recipe.teacher, None), {}
+        )
+
+        def start() -> PreTrainedModel:
+            """The student before any training; the same for both twins."""
+            return task.build(recipe.student, _load(teacher))
+
+        distilled = {"distillation": recipe.distillation}
+        wanted = fingerprint(teacher.fingerprint, asdict(recipe.student), asdict(recipe.distillation))
+        student = self._stage("student", task, wanted, recipe.student, start, distilled, teacher)
+        wanted = fingerprint(student.fingerprint, _rules(recipe))
+        post = self._post_training(task, wanted, student)
+        wanted = fingerprint(
+            student.fingerprint, _rules(recipe), asdict(recipe.compression, dict_factory=_plain)
+        )
+        network = Network(**{**vars(recipe.student), "training": self._compressed_training()})
+        begin = (lambda: _load(student)) if recipe.compression.warm_start else start
+        extra = {**distilled, "compression": recipe.compression}
+        compressed = self._stage("compressed", task, wanted, network, begin, extra, teacher)
+        return {"teacher": teacher, "student": student, "post_training": post, "compressed": compressed}
+
+    def _compressed_training(self) -> dict[str, Any]:
+        return {**(self.recipe.student.training or {}), **(self.recipe.compression.training or {})}
+
+    def _stage(
+        self,
+        name: str,
+        task: Task,
+        wanted: str,
+        network: Network,
+        build: Callable[[], PreTrainedModel],
+        extra: dict[str, Any],
+        teacher: Stage | None = None,
+    ) -> Stage:
+        folder = self.output / "stages" / name
+        found = finished(name, folder, wanted)
+        if found is None and self.reuse_from is not None:
+            found = reuse(name, self.reuse_from / "stages" / name, folder, wanted)
+        if found is not None:
+            self._say(f"{name}: done before")
+            return found
+        model = build()
+
+        def save(trainer: Any) -> None:
+            if trainer.compressor is not None:
+                trainer.save_compressed(folder)
+            else:
+                trainer.model.save_pretrained(folder)
+            task.save_processing(folder)
+
+        if network.training is None and name == "teacher":
+            return self._as_it_is(name, folder, wanted, model, task)
+        if teacher is not None:
+            extra = {**extra, "teacher": _load(teacher)}
+        settings = {**self.recipe.training, **(network.training or {}), "seed": self.recipe.seed}
+        self._say(f"{name}: training {parameters(model):,} parameters")
+        return train(name, folder, wanted, task, model, settings, save, **extra)
+
+    def _as_it_is(self, name: str, folder: Path, wanted: str, model: PreTrainedModel, task: Task) -> Stage:
+        if self.main:
+            model.save_pretrained(folder)
+            task.save_processing(folder)
+        return self._mark(name, folder, wanted)
+
+    def _post_training(self, task: Task, wanted: str, student: Stage) -> Stage:
+        """The trained full-precision student, compressed as it is: the baseline."""
+        folder = self.output / "stages" / "post_training"
+        found = finished("post_training", folder, wanted)
+        if found is not None:
+            return found
+        if self.main:
+            model = _load(student)
+            checkpoint.save(model, folder, Compressor(model, self.recipe.compression.rules))
+            task.save_processing(folder)
+        return self._mark("post_training", folder, wanted)
+
+    def _mark(self, name: str, folder: Path, wanted: str) -> Stage:
+        if self.main:
+            record = {"fingerprint": wanted, "seconds": 0.0, "history": []}
+            write_atomically(folder / MARKER, json.dumps(record).encode())
+        PartialState().wait_for_everyone()
+        return Stage(name, folder, wanted, 0.0, [])
+
+    def _score(self, stages: dict[str, Stage]) -> tuple[Results, list[Sample]]:
+        """Every stage's folder, scored by a fresh process that has only the files."""
+        path = self.output / "stages" / "scores.json"
+        folders = [str(stage.folder) for stage in stages.values()]
+        options = ["--recipe", str(self.output / RECIPE), "--json", str(path)]
+        root = ["--data-root", str(self.data_root)] if self.data_root else []
+        self._say("scoring the files in a fresh process")
+        done = subprocess.run(
+            [sys.executable, "-m", "hfcompress", "evaluate", *folders, *options, *root], check=False
+        )
+        if done.returncode:
+            raise HFCompressError(f"scoring failed (exit code {done.returncode}); what it said stands above")
+        scored = json.loads(path.read_text(encoding="utf-8"))
+        rows = tuple(_row(name, stage, scored[str(stage.folder)]["scores"]) for name, stage in stages.items())
+        seconds = {name: round(stage.seconds, 1) for name, stage in stages.items()}
+        results = Results(rows, self.recipe.seed, report.versions(), report.hardware(), seconds)
+        samples = [Sample(**s) for s in scored[str(stages["compressed"].folder)]["samples"]]
+        return results, samples
+
+    def _publish(
+        self, results: Results, samples: Sequence[Sample], stages: dict[str, Stage], facts: DataFacts
+    ) -> None:
+        folder = self.output / "student"
+        ignored = shutil.ignore_patterns(MARKER, "checkpoints")
+        shutil.copytree(stages["compressed"].folder, folder, dirs_exist_ok=True, ignore=ignored)
+        parts = by_kind(checkpoint.sizes(checkpoint.read(folder)))
+        curves = {name: stage.history for name, stage in stages.items() if stage.history}
+        report.plot_training(curves, folder / "training.png")
+        teacher, compressed = results.row("teacher"), results.row("compressed")
+        assert teacher is not None and compressed is not None
+        yardsticks = {"teacher": teacher.bytes, "this student in int8 + gzip": compressed.int8_gzip_bytes}
+        report.plot_sizes(parts, folder / "sizes.png", yardsticks)
+        write_card(
+            folder,
+            self.recipe,
+            results,
+            parts,
+            samples,
+            self.command,
+            recipe_text=dump(self.recipe),
+            data=facts,
+        )
+        results.save(self.output / RESULTS)
+
+    def _say(self, text: str) -> None:
+        if self.main:
+            self.console.print(text, highlight=False)
+
+
+def run_file(path: Path, output: Path | None, overrides: Sequence[str] = (), **options: Any) -> list[Results]:
+    """Run every recipe of a file: one into `output` itself, several into folders of it by their names."""
+    recipes = load(path, overrides)
+    base = output or Path("runs") / path.stem
+    folders = [base if len(recipes) == 1 else base / recipe.name for recipe in recipes]
+    runs = [Run(recipe, folder, **options) for recipe, folder in zip(recipes, folders)]
+    return [run.run() for run in runs]
+
+
+def _load(stage: Stage) -> PreTrainedModel:
+    return load_model(stage.folder)
+
+
+def _row(name: str, stage: Stage, scores: dict[str, Any]) -> Row:
+    model, size = _load(stage), weight_bytes(stage.folder)
+    count = parameters(model)
+    found = {metric: Score(**{**s, "interval": tuple(s["interval"])}) for metric, s in scores.items()}
+    return Row(name, count, size, 8 * size / count, int8_gzip_bytes(model), found)  # type: ignore[arg-type]
+
+
+def _rules(recipe: Recipe) -> list[Any]:
+    return [[r.pattern, [k.value for k in r.kinds], repr(r.method)] for r in recipe.compression.rules]
+
+
+def _plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {k: v for k, v in items if k != "rules"}

@@ -1,0 +1,233 @@
+"""What a recipe may say: frozen dataclasses, checked by pydantic; `recipe.py` reads them from YAML.
+
+A recipe is one task (translation or image classification) run through four stages:
+
+    teacher ──▶ student (full precision) ──▶ post_training (the student's weights, compressed as they are)
+        └─────▶ compressed (the same student, trained with compressed weights)
+"""
+
+import json
+from dataclasses import field
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    create_model,
+    model_validator,
+)
+from pydantic.dataclasses import dataclass
+
+from hfcompress.errors import ConfigError
+from hfcompress.methods import BY_NAME
+from hfcompress.reparameterization import Kind, Reparameterization
+
+STRICT = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True)
+Scalar = bool | int | float | str | None
+TrainingSettings = dict[str, Any]  # any field of transformers' (Seq2Seq)TrainingArguments, by its own name
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Source:
+    """Where rows come from: shipped with a package, on the Hub, or a local folder of the Hub's layout.
+
+    `hub` and `folder` may both be given: the folder is read when `--data-root` is, the Hub otherwise.
+    """
+
+    embedded: Literal["digits", "cldr"] | None = None
+    hub: str | None = None
+    revision: str | None = None
+    folder: str | None = None
+    train: str = "train"
+    validation: str | None = "validation"
+    test: str = "test"
+    validation_fraction: float = Field(default=0.0, ge=0, lt=1)  # held out of train where validation is null
+    train_rows: int | None = Field(default=None, ge=1)  # use only the first rows of the training split
+    test_rows: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if bool(self.embedded) == bool(self.hub or self.folder):
+            raise ValueError("give either 'embedded', or 'hub' and/or 'folder'")
+        if (self.validation is None) == (self.validation_fraction == 0) and not self.embedded:
+            raise ValueError(
+                "give either 'validation' (a split's name) or 'validation_fraction' with 'validation: null'"
+            )
+        return self
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TranslationData(Source):
+    """Sentence pairs. `column` holds {language: sentence}; null when the languages are columns themselves."""
+
+    source: str
+    target: str
+    column: str | None = "translation"
+    # tokens, end of sentence included; longer training pairs are left out
+    max_length: int = Field(default=128, ge=2)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Augmentation:
+    """Of training images: a crop after padding by `crop_padding` pixels on each side, a mirror image half the time."""
+
+    crop_padding: int = Field(default=0, ge=0)
+    flip: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ImageData(Source):
+    """Labelled images, scaled to `size` pixels and normalised by `mean` and `std` per channel."""
+
+    image: str = "image"
+    label: str = "label"
+    size: int = Field(ge=1)
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    augmentation: Augmentation = field(default_factory=Augmentation)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Vocabulary:
+    """A joint SentencePiece vocabulary trained on both sides of the training split."""
+
+    size: int = Field(ge=16)
+    model: Literal["unigram", "bpe"] = "unigram"
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Layers:
+    """A student cut from its teacher: this many layers, evenly spaced; weights carried over."""
+
+    encoder_layers: int = Field(ge=1)
+    decoder_layers: int = Field(ge=1)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Network:
+    """A network: pretrained (Hub id or folder), from scratch (`marian` or `timm`), or cut from the teacher."""
+
+    pretrained: str | None = None
+    revision: str | None = None
+    marian: dict[str, Scalar] | None = None  # fields of MarianConfig
+    timm: str | None = None  # a timm architecture
+    arguments: dict[str, Any] = field(default_factory=dict)  # of timm.create_model
+    weights: str | None = None  # a safetensors file of timm weights, under --data-root
+    from_teacher: Layers | None = None
+    training: TrainingSettings | None = None  # null: used as it is
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        kinds = [k for k in ("pretrained", "marian", "timm", "from_teacher") if getattr(self, k) is not None]
+        if len(kinds) != 1:
+            raise ValueError(
+                f"give exactly one of pretrained, marian, timm, from_teacher; found {kinds or 'none'}"
+            )
+        return self
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Distillation:
+    """loss = soft · T² · KL(teacher ‖ student, at temperature T) + hard · cross-entropy (Polino et al. 2018, section 2)."""
+
+    soft: float = Field(default=0.7, ge=0)
+    hard: float = Field(default=0.3, ge=0)
+    temperature: float = Field(default=2.0, gt=0)
+
+
+def _own_refusals_too(fields: object, construct: ValidatorFunctionWrapHandler) -> object:
+    """What a method's __post_init__ refuses joins what pydantic refuses."""
+    try:
+        return construct(fields)
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
+
+
+_by_name: dict[str, Any] = {
+    name: (Annotated[method, WrapValidator(_own_refusals_too)], None) for name, method in BY_NAME.items()
+}
+_Methods = create_model("_Methods", __config__=STRICT, **_by_name)
+
+
+def _read_method(value: object) -> object:
+    """A method as it is, or from one method's name and its fields: {uniform: {bits: 4}}."""
+    if isinstance(value, Reparameterization):
+        return value
+    given = _Methods.model_validate_json(json.dumps(value))
+    names = sorted(given.model_fields_set)
+    if len(names) != 1:
+        raise ValueError(f"give exactly one of {', '.join(BY_NAME)}; found {' and '.join(names) or 'none'}")
+    return getattr(given, names[0])
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Rule:
+    """Weights whose name matches `pattern` (shell wildcards, any of a tied weight's names) and whose kind is listed."""
+
+    method: Annotated[Reparameterization, BeforeValidator(_read_method)]
+    pattern: str = "*"
+    kinds: tuple[Kind, ...] = tuple(Kind)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Compression:
+    """Rules in order of precedence (first match wins) and how the compressed student is trained."""
+
+    rules: tuple[Rule, ...] = Field(min_length=1)
+    # start from the trained full-precision student instead of from its starting point
+    warm_start: bool = False
+    rate_weight: float = Field(default=0.0, ge=0)  # weight of the rate (bits per parameter) in the loss
+    training: TrainingSettings | None = None  # on top of the student's; null: exactly the student's
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Evaluation:
+    """How scores are taken."""
+
+    batch_size: int = Field(default=64, ge=1)
+    beams: int = Field(default=1, ge=1)
+    max_new_tokens: int = Field(default=128, ge=1)
+    bootstrap: int = Field(default=1000, ge=0)  # resamples for BLEU's interval
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Card:
+    """What the model card cannot learn from the run."""
+
+    license: str | None = None
+    dataset_name: str | None = None
+    limits: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Recipe:
+    """One task from data to compressed student. Exactly one of `translation` and `images` holds the data."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")  # a folder's name, and a prefix of overrides
+    description: str = ""
+    seed: int = Field(default=0, ge=0)
+    translation: TranslationData | None = None
+    images: ImageData | None = None
+    vocabulary: Vocabulary | None = None
+    teacher: Network
+    student: Network
+    distillation: Distillation = field(default_factory=Distillation)
+    compression: Compression
+    training: TrainingSettings = field(default_factory=dict)  # for every stage; a stage's own settings win
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    card: Card = field(default_factory=Card)
+
+    @model_validator(mode="after")
+    def _one_task(self) -> Self:
+        if (self.translation is None) == (self.images is None):
+            raise ValueError("give exactly one of 'translation' and 'images'")
+        if self.teacher.from_teacher is not None:
+            raise ValueError("the teacher cannot be cut 'from_teacher'")
+        if (self.teacher.marian is not None) != (self.vocabulary is not None):
+            raise ValueError(
+                "a 'marian' teacher from scratch needs a 'vocabulary' section, and only it may have one"
+            )
+        return self

@@ -1,0 +1,142 @@
+"""One stage of a run: train a network into a folder, once; resumed where it was stopped, reused where it is the same."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hfcompress.errors import ConfigError, ResumeError
+from hfcompress.files import write_atomically
+from hfcompress.progress import TrainingProgress
+from hfcompress.resume import CommitCheckpoints, newest, seconds_of
+from hfcompress.tasks import AugmentedImages, Task
+
+MARKER = "stage.json"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A finished stage: its folder, its log and how long it took."""
+
+    name: str
+    folder: Path
+    fingerprint: str
+    seconds: float
+    history: list[dict[str, Any]]
+
+
+def fingerprint(*settings: Any) -> str:
+    """The same settings give the same fingerprint; everything a stage depends on goes into it."""
+    text = json.dumps(settings, sort_keys=True, default=repr)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def finished(name: str, folder: Path, wanted: str) -> Stage | None:
+    """The stage as it stands in `folder`, or None. Raises ResumeError: it was made with other settings."""
+    path = folder / MARKER
+    if not path.is_file():
+        return None
+    record = json.loads(path.read_text(encoding="utf-8"))
+    if record["fingerprint"] != wanted:
+        raise ResumeError(
+            f"stage '{name}' in {folder} was made with other settings: change them back, or start anew with --overwrite"
+        )
+    return Stage(name, folder, wanted, record["seconds"], record["history"])
+
+
+def reuse(name: str, source: Path, folder: Path, wanted: str) -> Stage | None:
+    """Copy the stage from another run's folder if it was made with the same settings there; else None."""
+    path = source / MARKER
+    if not path.is_file() or json.loads(path.read_text(encoding="utf-8"))["fingerprint"] != wanted:
+        return None
+    if PartialState().is_main_process:
+        shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("checkpoints"))
+    PartialState().wait_for_everyone()
+    return finished(name, folder, wanted)
+
+
+def train(
+    name: str,
+    folder: Path,
+    wanted: str,
+    task: Task,
+    model: PreTrainedModel,
+    settings: Mapping[str, Any],
+    save: Callable[[Any], None],
+    **trainer_arguments: Any,
+) -> Stage:
+    """Train `model`, resuming from the newest committed checkpoint in the stage's folder, then `save(trainer)`.
+
+    Raises Interrupted (a checkpoint was committed), ResumeError (checkpoints of other settings, or damaged).
+    """
+    checkpoints = folder / "checkpoints"
+    _check_settings(checkpoints, name, wanted)
+    resume_from = newest(checkpoints)
+    commits = CommitCheckpoints(seconds_before=seconds_of(resume_from) if resume_from else 0.0)
+    try:
+        arguments = task.arguments(output_dir=str(checkpoints), **_with_defaults(settings))
+    except ValueError as error:
+        raise ConfigError(f"stage '{name}': transformers refuses these training settings: {error}") from error
+    # transformers' type for TrainingArguments fields is wider than mypy can follow
+    trainer: Any = task.trainer(
+        model=model,
+        args=arguments,
+        callbacks=[_Epochs(), commits, TrainingProgress(name)],
+        **task.trainer_arguments(model),
+        **trainer_arguments,
+    )
+    with commits.stopping_on_signals():
+        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    seconds = commits.seconds
+    if trainer.is_world_process_zero():
+        save(trainer)
+        record = {"fingerprint": wanted, "seconds": seconds, "history": trainer.state.log_history}
+        write_atomically(folder / MARKER, json.dumps(record, indent=1).encode())
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    return Stage(name, folder, wanted, seconds, trainer.state.log_history)
+
+
+def _check_settings(checkpoints: Path, name: str, wanted: str) -> None:
+    path = checkpoints / "settings"
+    if path.is_file() and path.read_text() != wanted:
+        raise ResumeError(
+            f"the checkpoints of stage '{name}' in {checkpoints} were made with other settings: "
+            "change them back, or start anew with --overwrite"
+        )
+    if PartialState().is_main_process:
+        write_atomically(path, wanted.encode())
+    PartialState().wait_for_everyone()
+
+
+def _with_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "report_to": [],
+        "disable_tqdm": True,
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+        "logging_steps": 25,
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+        "dataloader_pin_memory": torch.accelerator.is_available(),
+        "use_cpu": not torch.accelerator.is_available(),
+        **settings,
+    }
+
+
+class _Epochs(TrainerCallback):
+    """Tells augmenting datasets the epoch; the Trainer itself does not when it resumes inside one."""
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        dataset = getattr(kwargs.get("train_dataloader"), "dataset", None)
+        if isinstance(dataset, AugmentedImages):
+            dataset.set_epoch(int((state.epoch or 0.0) + 1e-6))

@@ -1,0 +1,236 @@
+"""One thin mix-in over transformers' trainers: a teacher's loss, and weights that are decoded from latents."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import (
+    Seq2SeqTrainer,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from hfcompress import checkpoint, losses
+from hfcompress.compressor import Compressor
+from hfcompress.errors import ConfigError, ResumeError
+from hfcompress.optimizer import CompressedOptimizer
+from hfcompress.schema import Compression, Distillation, Rule
+from hfcompress.teacher import check, freeze, logits_of
+
+
+class CompressionMixin:
+    """Adds `teacher=`, `distillation=` and `compression=` to a transformers trainer; the rest is the parent's.
+
+    teacher: a model whose logits have the student's classes. It is frozen and moved to the student's device, neither
+    wrapped nor saved. distillation: weights and temperature of its loss. compression: rules (or a `Compression`) for
+    the student's weights.
+
+    The loss is soft · T² · KL + hard · cross-entropy (without a teacher: cross-entropy), each a sum over the labels
+    ≠ −100 divided by their number in the whole optimizer step, all micro-batches and processes together, so that the
+    gradient depends neither on accumulation nor on the number of processes. Both parts are logged, as `ce` and `kd`.
+
+    Raises TeacherError, ConfigError.
+    """
+
+    loss_is_scaled_for_ga = True  # transformers ≥ 5.18: the parent must not divide the loss once more
+
+    def __init__(
+        self,
+        *args: Any,
+        teacher: nn.Module | None = None,
+        distillation: Distillation | None = None,
+        compression: Compression | Sequence[Rule] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if distillation is not None and teacher is None:
+            raise ConfigError("distillation= was given without teacher=")
+        if teacher is not None and self.compute_loss_func is not None:  # type: ignore[has-type]
+            raise ConfigError("teacher= and compute_loss_func= cannot both say what the loss is")
+        self.model_accepts_loss_kwargs = True  # makes the parent count the labels of the whole step
+        self.distillation = distillation or Distillation()
+        self.teacher = None
+        if teacher is not None:
+            check(teacher, self.model)
+            self.teacher = freeze(teacher).to(self.args.device)
+        _hold_padding_row(self.model)
+        self.compressor = self._make_compressor(compression)
+        self._parts: dict[str, Tensor] = {}
+        self._parts_since = 0
+
+    def _make_compressor(self, compression: Compression | Sequence[Rule] | None) -> Compressor | None:
+        if compression is None:
+            return None
+        if self.optimizer is not None and self.lr_scheduler is not None:
+            raise ConfigError("compression= needs to wrap the optimizer: give optimizers=(optimizer, None)")
+        if self.args.load_best_model_at_end and self.args.save_only_model:
+            raise ConfigError("load_best_model_at_end needs the latents, which save_only_model leaves out")
+        if not isinstance(compression, Compression):
+            compression = Compression(rules=tuple(compression))
+        compressor = Compressor(
+            self.model, compression.rules, rate_weight=compression.rate_weight, seed=self.args.seed
+        )
+        self.add_callback(_BestLatents(compressor))
+        return compressor
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        """The parent's optimizer; with compression, one that steps on the latents."""
+        optimizer: Optimizer = super().create_optimizer(model)
+        if self.compressor is not None and not isinstance(optimizer, CompressedOptimizer):
+            optimizer = self.optimizer = CompressedOptimizer(optimizer, self.compressor)
+        return optimizer
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """The parent's; the draws of noisy decodes are for it alone, whoever looks afterwards sees hard weights."""
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if self.compressor is not None and self.compressor.noisy:
+            self.compressor.write(hard=True)
+        return loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Sums over counted labels ÷ their number in the step. Labels: integers, or probabilities [..., classes]."""
+        if "labels" not in inputs or self.compute_loss_func is not None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs["labels"]
+        forward = self._without_labels(inputs)
+        outputs = model(**forward)
+        logits = logits_of(outputs)
+        divisor, scale = self._normalisation(model, labels, num_items_in_batch)
+        parts = {
+            "ce": losses.cross_entropy(logits, labels, self.args.label_smoothing_factor) * scale / divisor
+        }
+        loss = parts["ce"]
+        if self.teacher is not None and model.training:
+            with torch.no_grad():
+                teacher_logits = logits_of(self.teacher(**forward))
+            soft = losses.distillation(logits, teacher_logits, labels, self.distillation.temperature)
+            parts["kd"] = soft * scale / divisor
+            loss = self.distillation.hard * parts["ce"] + self.distillation.soft * parts["kd"]
+        if model.training:
+            for name, part in parts.items():
+                self._parts[name] = self._parts.get(name, 0.0) + part.detach()
+        if not return_outputs:
+            return loss
+        # the parent takes predictions from what follows the loss
+        return loss, {"loss": loss, "logits": logits} if isinstance(outputs, Tensor) else {
+            **outputs,
+            "loss": loss,
+        }
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """The parent's log line, with both parts of the training loss beside their sum."""
+        steps = self.state.global_step - self._parts_since
+        if "loss" in logs and self._parts and steps > 0:
+            for name, part in self._parts.items():
+                logs[name] = self.accelerator.gather(part).mean().item() / steps
+            self._parts, self._parts_since = {}, self.state.global_step
+        super().log(logs, start_time)
+
+    def save_compressed(self, folder: Path | str) -> checkpoint.Sizes:
+        """Write the compressed file with its config (and tokenizer or image processor) to `folder`; rank 0 only."""
+        if self.compressor is None:
+            raise ConfigError("this trainer has no compression=; save_model writes its dense weights")
+        folder = Path(folder)
+        if not self.is_world_process_zero():
+            raise ConfigError(
+                "save_compressed is for the main process: guard it with is_world_process_zero()"
+            )
+        sizes = checkpoint.save(self.model, folder, self.compressor)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        return sizes
+
+    def _without_labels(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The model must not compute a loss of its own: it would be averaged over the micro-batch."""
+        forward = {name: value for name, value in inputs.items() if name != "labels"}
+        model = self.accelerator.unwrap_model(self.model)
+        if getattr(model.config, "is_encoder_decoder", False) and "decoder_input_ids" not in forward:
+            forward["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(
+                labels=inputs["labels"]
+            )
+        return forward
+
+    def _normalisation(self, model: nn.Module, labels: Tensor, items: Any) -> tuple[Tensor, float]:
+        """(divisor, scale): the loss is the sum over this micro-batch · scale / divisor."""
+        if not model.training or items is None:
+            return losses.count(labels).clamp(min=1), 1.0
+        divisor = torch.as_tensor(items, device=labels.device).clamp(min=1)
+        # gradients are averaged over processes, so the sum over all of them is what each has, times their number
+        return divisor, float(
+            self.accelerator.num_processes
+        ) if self.args.average_tokens_across_devices else 1.0
+
+    def _get_num_items_in_batch(
+        self, batch_samples: list[dict[str, Any]], device: torch.device
+    ) -> Tensor | None:
+        if not batch_samples or "labels" not in batch_samples[0]:
+            return None
+        total = torch.stack([losses.count(batch["labels"]) for batch in batch_samples]).sum().to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            total = self.accelerator.gather(total).sum()
+        return total
+
+
+class CompressionTrainer(CompressionMixin, Trainer):
+    """transformers' Trainer with a teacher and compression; see `CompressionMixin`."""
+
+
+class Seq2SeqCompressionTrainer(CompressionMixin, Seq2SeqTrainer):
+    """transformers' Seq2SeqTrainer with a teacher and compression; see `CompressionMixin`."""
+
+
+class _BestLatents(TrainerCallback):
+    """`load_best_model_at_end` brings back the best weights; this brings back the latents they were decoded from."""
+
+    def __init__(self, compressor: Compressor) -> None:
+        self.compressor = compressor
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not args.load_best_model_at_end or state.best_model_checkpoint is None:
+            return
+        path = Path(state.best_model_checkpoint) / "optimizer.pt"
+        if not path.is_file():
+            raise ResumeError(
+                f"the best checkpoint has no {path.name} at {path}: its latents are lost, only weights remain"
+            )
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        self.compressor.load_state_dict(saved["compressor"])
+
+
+def _hold_padding_row(model: nn.Module) -> None:
+    """Keep the padding row of a tied embedding where it is.
+
+    Untied, `padding_idx` sees to that; tied, the output projection's gradient moves it off zero, which greedy readers
+    such as CTranslate2 take for granted.
+    """
+    names: dict[int, int] = {}
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)] = names.get(id(parameter), 0) + 1
+    held: set[int] = set()
+    for module in model.modules():
+        if (
+            isinstance(module, nn.Embedding)
+            and module.padding_idx is not None
+            and module.weight.requires_grad
+        ):
+            key = id(module.weight)
+            if names[key] > 1 and key not in held:
+                held.add(key)
+                row = torch.tensor([module.padding_idx])
+                module.weight.register_hook(lambda g, row=row: g.index_fill(0, row.to(g.device), 0.0))

@@ -1,0 +1,520 @@
+"""Splits from every kind of file, the embedded corpora, the Hub's layout; what is wrong with them is named."""
+
+import gzip
+import io
+import json
+import logging
+import os
+import random
+import time
+from pathlib import Path
+
+import PIL.Image
+import pytest
+from datasets import ClassLabel, Dataset, Features, Value
+from datasets import Image as ImageFeature
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from hfcompress.data import Splits, label_names, load_images, load_translation, overlap, with_images
+from hfcompress.errors import DataError
+from hfcompress.schema import ImageData, TranslationData
+from hfcompress.sources import read_lines, splits_in
+
+REAL = os.environ.get("HFCOMPRESS_DATA")
+needs_real = pytest.mark.skipif(not REAL, reason="HFCOMPRESS_DATA does not name the folder of datasets")
+LINE_ENDS_OF_OTHERS = ["\r", "\v", "\f", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029"]
+ROWS = {
+    "train": [(f"{i} Katzen{end}sehen", f"{i} cats{end}see") for i, end in enumerate(LINE_ENDS_OF_OTHERS)],
+    "validation": [("Ein Hund", "A dog"), ("Zwei Hunde", "Two dogs")],
+    "test": [("Ein Vogel, «Spatz»", 'A bird, "sparrow"'), ("0 Katzen\rsehen", "0 cats see")],
+}
+
+
+def translation(**settings):
+    return TranslationData(**{"source": "de", "target": "en", "folder": ".", **settings})
+
+
+def images(**settings):
+    return ImageData(**{"folder": ".", "size": 8, **settings})
+
+
+def records(rows):
+    return [{"translation": {"de": de, "en": en, "fr": "?"}} for de, en in rows]
+
+
+def json_lines(rows):
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records(rows)).encode()
+
+
+# -------------------------------------------------------------------------- every form a split may have
+
+
+def write_parquet(folder, split, rows):
+    Dataset.from_list(records(rows)).to_parquet(folder / f"{split}.parquet")
+
+
+def write_shards(folder, split, rows):
+    for i, part in enumerate((rows[:1], rows[1:])):
+        Dataset.from_list(records(part)).to_parquet(folder / f"{split}-{i:05d}-of-00002.parquet")
+
+
+def write_shards_in_data(folder, split, rows):
+    (folder / "data").mkdir(exist_ok=True)
+    write_shards(folder / "data", split, rows)
+
+
+def write_json_lines(folder, split, rows):
+    (folder / f"{split}.jsonl").write_bytes(json_lines(rows))
+
+
+def write_json_lines_gz(folder, split, rows):
+    (folder / f"{split}.jsonl.gz").write_bytes(gzip.compress(json_lines(rows)))
+
+
+def write_json_lines_as_json(folder, split, rows):
+    (folder / f"{split}.json").write_bytes(b"\xef\xbb\xbf" + json_lines(rows))
+
+
+def write_json_array(folder, split, rows):
+    (folder / f"{split}.json").write_text(json.dumps(records(rows), indent=1))
+
+
+def write_text(folder, split, rows):
+    for i, language in enumerate(("de", "en")):
+        text = "".join(row[i] + "\n" for row in rows)
+        (folder / f"{split}.{language}").write_bytes(text.encode())
+
+
+def write_text_gz_without_last_line_end(folder, split, rows):
+    for i, language in enumerate(("de", "en")):
+        text = "\n".join(row[i] for row in rows)
+        (folder / f"{split}.{language}.gz").write_bytes(gzip.compress(text.encode()))
+
+
+WRITERS = [value for name, value in sorted(globals().items()) if name.startswith("write_")]
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_every_form_gives_the_same_rows(write, tmp_path):
+    for split, rows in ROWS.items():
+        write(tmp_path, split, rows)
+    splits = load_translation(translation(), tmp_path)
+    for split, rows in ROWS.items():
+        dataset = getattr(splits, split)
+        assert dataset.column_names == ["source", "target"]
+        assert list(zip(dataset["source"], dataset["target"])) == rows
+    assert overlap(splits) == 1
+    assert splits_in(tmp_path) == ["test", "train", "validation"]
+
+
+def test_languages_may_be_columns(tmp_path):
+    for split, rows in ROWS.items():
+        flat = [{"de": de, "en": en, "id": 7} for de, en in rows]
+        Dataset.from_list(flat).to_parquet(tmp_path / f"{split}.parquet")
+    for column in (None, "translation"):
+        splits = load_translation(translation(column=column), tmp_path)
+        assert list(splits.test["target"]) == [en for _, en in ROWS["test"]]
+    swapped = load_translation(translation(source="en", target="de"), tmp_path)
+    assert list(swapped.test["target"]) == [de for de, _ in ROWS["test"]]
+
+
+def test_a_folder_may_be_absolute_or_relative_to_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "corpus").mkdir()
+    for split, rows in ROWS.items():
+        write_text(tmp_path / "corpus", split, rows)
+    monkeypatch.chdir(tmp_path)
+    for folder, root in (
+        ("corpus", None),
+        (str(tmp_path / "corpus"), None),
+        (str(tmp_path / "corpus"), Path("/")),
+    ):
+        assert len(load_translation(translation(folder=folder), root).test) == 2
+
+
+def test_the_hubs_layout_is_read_by_datasets_itself(tmp_path):
+    """`load_dataset` takes a folder where it takes a repository's name."""
+    for split, rows in ROWS.items():
+        write_parquet(tmp_path, split, rows)
+    splits = load_translation(translation(folder=None, hub=str(tmp_path)))
+    assert list(splits.train["source"]) == [de for de, _ in ROWS["train"]]
+    with pytest.raises(DataError, match=r"Split 'dev' of .* cannot be loaded: .*validation"):
+        load_translation(translation(folder=None, hub=str(tmp_path), validation="dev"))
+
+
+lines = st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\n")), max_size=8)
+
+
+@settings(max_examples=300)
+@given(lines, st.booleans())
+def test_lines_end_at_line_feeds_only(tmp_path_factory, texts, zipped):
+    assume(not texts or not texts[0].startswith("\ufeff"))
+    data = "".join(text + "\n" for text in texts).encode()
+    path = tmp_path_factory.getbasetemp() / ("lines.de.gz" if zipped else "lines.de")
+    path.write_bytes(gzip.compress(data) if zipped else data)
+    assert read_lines(path) == texts
+
+
+# ------------------------------------------------------------------------------------- limits, held-out rows
+
+
+def test_row_limits_take_the_first_rows(tmp_path):
+    for split, rows in ROWS.items():
+        write_text(tmp_path, split, rows)
+    splits = load_translation(translation(train_rows=3, test_rows=1), tmp_path)
+    assert list(splits.train["source"]) == [de for de, _ in ROWS["train"][:3]]
+    assert (len(splits.validation), len(splits.test)) == (2, 1)
+    assert len(load_translation(translation(train_rows=1000), tmp_path).train) == len(ROWS["train"])
+
+
+@settings(max_examples=30)
+@given(st.integers(3, 300), st.sampled_from([0.01, 0.1, 0.34, 0.5]), st.integers(1, 40))
+def test_held_out_rows_partition_train_and_share_no_source(tmp_path_factory, count, fraction, repeats):
+    folder = tmp_path_factory.getbasetemp()
+    rows = [(f"Satz {i // repeats}", f"sentence {i}") for i in range(count)]
+    random.Random(1).shuffle(rows)
+    write_text(folder, "all", rows)
+    data = translation(train="all", test="all", validation=None, validation_fraction=fraction)
+    held = max(1, round(count * fraction))
+    try:
+        splits = load_translation(data, folder)
+    except DataError as error:
+        assert "both must be more than none" in str(error)
+        assert round(count * fraction) == 0 or count <= repeats * held
+        return
+    assert sorted([*splits.train["target"], *splits.validation["target"]]) == sorted(en for _, en in rows)
+    assert not set(splits.train["source"]) & set(splits.validation["source"])
+    assert held <= len(splits.validation) <= held * repeats
+    assert list(load_translation(data, folder).validation["target"]) == list(splits.validation["target"])
+
+
+# ---------------------------------------------------------------------------------- what is wrong with text
+
+
+def good(folder, *splits):
+    for split in splits:
+        write_text(folder, split, ROWS[split])
+
+
+def refused(data, folder, told):
+    load = load_images if isinstance(data, ImageData) else load_translation
+    with pytest.raises(DataError, match=told):
+        load(data, folder)
+
+
+def test_missing_places(tmp_path):
+    (tmp_path / "multi30k").mkdir()
+    refused(translation(folder="multi30"), tmp_path, r"No folder .*multi30 \(in .*: multi30k\).*--data-root")
+    refused(translation(folder="multi30k"), tmp_path, r"No split 'train' .*Splits found there: none")
+    good(tmp_path, "train", "test")
+    refused(
+        translation(), tmp_path, r"No split 'validation' .*validation.de and .*found there: test, train\."
+    )
+    refused(translation(folder=None, hub="nobody/nothing-of-this-name"), None, r"(--data-root|on the Hub)")
+
+
+def test_missing_columns(tmp_path):
+    for split, rows in ROWS.items():
+        write_json_lines(tmp_path, split, rows)
+    refused(
+        translation(target="es"),
+        tmp_path,
+        r"No 'es' in column 'translation' of split 'train'. Found: de, en, fr",
+    )
+    refused(translation(column="translations"), tmp_path, r"No 'translations' .*Did you mean 'translation'\?")
+    refused(
+        translation(column=None), tmp_path, r"No 'de' in the columns of split 'train'. Found: translation"
+    )
+
+
+def test_columns_of_something_else(tmp_path):
+    good(tmp_path, "validation", "test")
+    (tmp_path / "train.jsonl").write_text('{"translation": {"de": 1, "en": "one"}}\n')
+    refused(translation(), tmp_path, r"'de' in .*should be sentences \(strings\), found int64")
+    (tmp_path / "train.jsonl").write_text('{"translation": "eins"}\n')
+    refused(translation(), tmp_path, r"No 'de' in column 'translation'")
+    (tmp_path / "train.jsonl").write_text('{"translation": {"de": 1, "en": "one"}}\n{"translation": 3}')
+    refused(translation(), tmp_path, r"train\.jsonl: its rows do not make columns")
+
+
+@pytest.mark.parametrize("blank", ["", "  ", "\u2028", None])
+def test_gaps_are_left_out_of_train_and_refused_elsewhere(blank, tmp_path, caplog):
+    for split, rows in ROWS.items():
+        write_json_lines(tmp_path, split, rows)
+    write_json_lines(tmp_path, "train", [*ROWS["train"][:2], ("Haus", blank), *ROWS["train"][2:]])
+    with caplog.at_level(logging.WARNING):
+        splits = load_translation(translation(), tmp_path)
+    assert list(zip(splits.train["source"], splits.train["target"])) == ROWS["train"]
+    assert f"left out 1 of {len(ROWS['train']) + 1} pairs with an empty side (first: row 2)" in caplog.text
+    write_json_lines(tmp_path, "test", [("a", "b"), (blank, "c"), ("d", blank)])
+    refused(translation(), tmp_path, r"Split 'test' has 2 of 3 pairs with an empty side \(first: row 1\)")
+    write_json_lines(tmp_path, "train", [(blank, "a")])
+    refused(translation(), tmp_path, r"Split 'train' has 1 of 1 pairs .*nothing to train on")
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_empty_splits(write, tmp_path):
+    good(tmp_path, "validation", "test")
+    if write in (write_parquet, write_shards, write_shards_in_data):
+        Dataset.from_dict({"de": [], "en": []}).to_parquet(tmp_path / "train.parquet")
+    else:
+        write(tmp_path, "train", [])
+    refused(translation(), tmp_path, r"Split 'train' has no rows")
+
+
+def test_different_line_counts(tmp_path):
+    good(tmp_path, "train", "validation", "test")
+    (tmp_path / "train.de").write_text("eins\nzwei\ndrei\n")
+    refused(translation(), tmp_path, r"train\.de has 3 lines, .*train\.en has 9 lines")
+    (tmp_path / "train.de").unlink()
+    refused(translation(), tmp_path, r"has train\.en but not train\.de")
+
+
+def test_a_split_given_twice(tmp_path):
+    good(tmp_path, "train", "validation", "test")
+    write_json_lines(tmp_path, "test", ROWS["test"])
+    refused(translation(), tmp_path, r"Split 'test' is in .* more than once, as test\.jsonl and test\.de")
+
+
+def test_incomplete_shards(tmp_path):
+    write_shards(tmp_path, "train", ROWS["train"])
+    (tmp_path / "train-00000-of-00002.parquet").unlink()
+    refused(translation(), tmp_path, r"'train' should have 2 parquet shards; found 1: train-00001-of-00002")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        (
+            "train.jsonl",
+            b'{"translation": {"de": "a", "en": "b"}}\n{"translation"\n',
+            r"train\.jsonl:2: not JSON",
+        ),
+        ("train.jsonl", b'{"de": "a"}\n7\n', r"train\.jsonl:2: expected a JSON object .*found int"),
+        ("train.json", b'[{"de": "a"}, "b"]', r"train\.json: element 1: expected a JSON object .*found str"),
+        ("train.json", b'[{"de": "a"}', r"train\.json: not JSON"),
+        ("train.json", b"[" * 200_000, r"train\.json: not JSON"),
+        ("train.jsonl", b'{"de": "\\ud800", "en": "x"}', r"train\.jsonl: its rows do not make columns"),
+        ("train.jsonl", b'{"de": "a"}\n{"de": "\xff"}', r"train\.jsonl:2: not UTF-8 .*at byte 8 of the line"),
+        ("train.jsonl.gz", gzip.compress(b'{"de": "a"}' * 50)[:-9], r"train\.jsonl\.gz cannot be read"),
+        ("train.jsonl.gz", b'{"de": "a"}', r"train\.jsonl\.gz cannot be read"),
+        ("train.parquet", b"PAR1 not really", r"train\.parquet cannot be read as parquet"),
+        ("train.parquet", b"", r"train\.parquet cannot be read as parquet"),
+    ],
+)
+def test_broken_files_are_named(name, content, told, tmp_path):
+    good(tmp_path, "validation", "test")
+    (tmp_path / name).write_bytes(content)
+    refused(translation(), tmp_path, told)
+
+
+def test_an_embedded_corpus_of_the_other_task():
+    refused(
+        translation(folder=None, embedded="digits"), None, "'digits' is for a recipe's section 'images' only"
+    )
+    refused(images(folder=None, embedded="cldr"), None, "'cldr' is for a recipe's section 'translation' only")
+    refused(translation(folder=None, embedded="cldr", test="tests"), None, "Did you mean 'test'")
+
+
+# ------------------------------------------------------------------------------------------------- images
+
+
+def encoded(image, form="PNG"):
+    buffer = io.BytesIO()
+    image.save(buffer, form)
+    return buffer.getvalue()
+
+
+def picture(shade, mode="L"):
+    return PIL.Image.new(mode, (8, 8), shade)
+
+
+PIXELS = [encoded(picture(shade)) for shade in range(6)]
+
+
+def write_images(folder, split, labels, feature=None, pixels=PIXELS):
+    """Parquet as the Hub has it; a ClassLabel is put on without checks, as a wrong file would have it."""
+    label = Dataset.from_dict({"label": labels}).features["label"]
+    features = Features({"image": ImageFeature(), "label": label})
+    stored = Dataset.from_dict({"image": list(pixels), "label": labels}, features=features)
+    features = Features({"image": ImageFeature(), "label": feature or label})
+    table = stored.data.table.replace_schema_metadata(features.arrow_schema.metadata)
+    Dataset(table).to_parquet(folder / f"{split}.parquet")
+
+
+def write_all_images(folder, labels, feature=None):
+    for split in ROWS:
+        write_images(folder, split, labels, feature)
+
+
+@pytest.mark.parametrize(
+    ("labels", "feature", "names"),
+    [
+        ([0, 1, 2, 0, 1, 2], ClassLabel(names=["cat", "dog", "eel"]), ["cat", "dog", "eel"]),
+        ([0, 1, 2, 0, 1, 2], None, ["0", "1", "2"]),
+        (["eel", "cat", "dog", "cat", "dog", "eel"], None, ["cat", "dog", "eel"]),
+    ],
+)
+def test_labels_of_all_kinds_become_class_labels(labels, feature, names, tmp_path):
+    write_all_images(tmp_path, labels, feature)
+    splits = load_images(images(), tmp_path)
+    assert label_names(splits) == names
+    for split in (splits.train, splits.validation, splits.test):
+        told = [names[label] for label in split["label"]]
+        assert told == [label if isinstance(label, str) else names[label] for label in labels]
+        assert split[3]["image"].getpixel((0, 0)) == 3
+
+
+def test_train_rows_do_not_change_the_classes(tmp_path):
+    write_all_images(tmp_path, [0, 1, 2, 3, 4, 5])
+    splits = load_images(images(train_rows=2, test_rows=5), tmp_path)
+    assert (len(splits.train), len(splits.test), len(label_names(splits))) == (2, 5, 6)
+
+
+@pytest.mark.parametrize(
+    ("labels", "feature", "told"),
+    [
+        (
+            [0, 1, 2, 0, 1, 3],
+            ClassLabel(num_classes=3),
+            r"1 labels .*none of train's 3 classes \(first: row 5, 3\)",
+        ),
+        ([0, -1, 2, 0, -1, 2], ClassLabel(num_classes=3), r"2 labels .*\(first: row 1, -1\)"),
+        ([0, 1, 2, None, 1, 2], ClassLabel(num_classes=3), r"1 labels .*\(first: row 3, None\)"),
+        (
+            [0, 1, 2, 0, 1, 2],
+            ClassLabel(names=["cat", "dog", "eel"]),
+            r"other classes than train: 'cat' for '0'",
+        ),
+        ([0, 1, 2, 0, 1, 2], ClassLabel(num_classes=4), r"other classes than train: '3' for None"),
+        ([0.0, 1.0, 2.0, 0.0, 1.0, 2.0], None, r"integers or names, found double"),
+        ([True, False] * 3, None, r"integers or names, found bool"),
+        (["0", "1", "2", "0", "1", "two"], None, r"1 labels .*\(first: row 5, 'two'\)"),
+        ([3, 0, 0, 0, 0, 0], None, r"1 labels .*\(first: row 0, 3\)"),
+    ],
+)
+def test_wrong_labels_are_refused_with_their_row(labels, feature, told, tmp_path):
+    write_all_images(tmp_path, [0, 1, 2, 0, 1, 2], ClassLabel(num_classes=3))
+    write_images(tmp_path, "test", labels, feature)
+    refused(images(), tmp_path, "Split 'test' .*" + told if "row" in told else told)
+
+
+@pytest.mark.parametrize("labels", [[0.5] * 6, [True] * 6, [None] * 6, [-1, 0, 0, 0, 0, 0]])
+def test_wrong_labels_of_train(labels, tmp_path):
+    write_all_images(tmp_path, labels)
+    refused(images(), tmp_path, "split 'train' should be integers or names|Split 'train' has 1 labels")
+
+
+def test_wrong_columns_of_images(tmp_path):
+    write_all_images(tmp_path, [0, 1, 2, 0, 1, 2])
+    refused(images(image="img"), tmp_path, r"No 'img' in the columns of split 'train'. Found: image, label")
+    refused(images(label="labels"), tmp_path, r"No 'labels' .*Did you mean 'label'")
+    refused(images(image="label"), tmp_path, r"'label' of split 'train' should hold images")
+    refused(images(label="image"), tmp_path, r"integers or names, found struct")
+
+
+@pytest.mark.parametrize(
+    ("kind", "stored"),
+    [
+        (Value("binary"), PIXELS),
+        (Value("large_binary"), PIXELS),
+        (
+            {"bytes": Value("binary"), "path": Value("string")},
+            [{"bytes": b, "path": "a.png"} for b in PIXELS],
+        ),
+        ({"bytes": Value("binary"), "path": Value("null")}, [{"bytes": b, "path": None} for b in PIXELS]),
+    ],
+)
+def test_images_may_be_stored_without_the_name_of_their_type(kind, stored, tmp_path):
+    features = Features({"jpeg": kind, "label": Value("uint8")})
+    for split in ROWS:
+        rows = Dataset.from_dict({"jpeg": stored, "label": [0, 1] * 3}, features=features)
+        rows.to_parquet(tmp_path / f"{split}.parquet")
+    splits = load_images(images(image="jpeg"), tmp_path)
+    assert [row["image"].getpixel((0, 0)) for row in splits.test] == list(range(6))
+
+
+def test_images_are_decoded_when_read_in_whatever_mode(tmp_path):
+    modes = [("CMYK", "JPEG"), ("P", "PNG"), ("L", "JPEG"), ("LA", "PNG"), ("I;16", "PNG"), ("RGBA", "WEBP")]
+    pixels = [encoded(PIL.Image.new(mode, (8, 8)), form) for mode, form in modes]
+    write_all_images(tmp_path, [0, 1] * 3)
+    write_images(tmp_path, "test", [0, 1] * 3, None, pixels)
+    splits = load_images(images(), tmp_path)
+    seen = with_images(splits.test, lambda image: image.convert("RGB").size)[:]
+    assert seen == {"pixel_values": [(8, 8)] * 6, "labels": [0, 1] * 3}
+    assert [row["image"].mode for row in splits.test] == [mode for mode, _ in modes]
+
+
+noise = PIL.Image.frombytes("RGB", (32, 32), random.Random(0).randbytes(32 * 32 * 3))
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        encoded(noise, "JPEG")[:-200],
+        encoded(noise)[:-200],
+        encoded(noise, "WEBP")[:-200],
+        encoded(noise, "GIF")[:-200],
+        encoded(noise)[:20] + b"\xff" * 4 + encoded(noise)[24:],
+        b"GIF89a",
+        b"no image",
+        b"",
+    ],
+)
+def test_a_broken_image_is_refused_with_its_row_when_read(broken, tmp_path):
+    write_all_images(tmp_path, [0, 1] * 3)
+    write_images(tmp_path, "test", [0, 1] * 3, None, [*PIXELS[:4], broken, PIXELS[5]])
+    test = with_images(load_images(images(), tmp_path).test, lambda image: image.size)
+    assert test[3]["labels"] == 1
+    for read in (lambda: test[4], lambda: test[:], lambda: list(test), lambda: test.select([1, 4])[:]):
+        with pytest.raises(DataError, match=r"The image in row 4 cannot be read"):
+            read()
+
+
+def test_a_missing_image_is_refused_with_its_row(tmp_path):
+    features = Features({"image": ImageFeature(), "label": Value("int64")})
+    rows = [{"image": None if i == 2 else {"bytes": PIXELS[i], "path": None}, "label": 0} for i in range(4)]
+    for split in ROWS:
+        Dataset.from_list(rows, features=features).to_parquet(tmp_path / f"{split}.parquet")
+    test = with_images(load_images(images(), tmp_path).test, lambda image: image.size)
+    with pytest.raises(DataError, match=r"The image in row 2 cannot be read: there is none"):
+        list(test)
+
+
+# ------------------------------------------------------------------------------------------ embedded and real
+
+
+def test_embedded_corpora():
+    pairs = load_translation(translation(folder=None, embedded="cldr", train_rows=100))
+    assert (len(pairs.train), overlap(pairs)) == (100, 0)
+    digits = load_images(images(folder=None, embedded="digits"))
+    assert isinstance(digits, Splits) and len(digits.train) == 1197 and len(label_names(digits)) == 10
+
+
+@needs_real
+def test_multi30k():
+    start = time.perf_counter()
+    data = translation(folder="multi30k", validation="val", test="test_2016_flickr")
+    splits = load_translation(data, Path(REAL))
+    assert time.perf_counter() - start < 5
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == (29000, 1014, 1000)
+    assert splits.train[0]["target"] == "Two young, White males are outside near many bushes."
+    assert overlap(splits) == 0
+
+
+@needs_real
+def test_opennmt_demo_has_one_gap_in_train(caplog):
+    splits = load_translation(translation(folder="opennmt_demo_en_de", validation="val"), Path(REAL))
+    assert len(splits.train) == 9999 and "left out 1 of 10000 pairs" in caplog.text
+
+
+@needs_real
+def test_cifar10_is_lazy():
+    splits = load_images(
+        images(folder="cifar10", image="img", validation=None, validation_fraction=0.1), Path(REAL)
+    )
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == (45000, 5000, 10000)
+    assert label_names(splits)[0] == "airplane"
+    start = time.perf_counter()
+    assert splits.test[-1]["image"].size == (32, 32)
+    assert time.perf_counter() - start < 1  # one image, not ten thousand
