@@ -143,9 +143,7 @@ def _task(recipe: Recipe) -> str:
 
 
 def _tags(recipe: Recipe) -> list[str]:
-    bits = sorted(
-        {vars(rule.method)["bits"] for rule in recipe.compression.rules if "bits" in vars(rule.method)}
-    )
+    bits = sorted({vars(rule.method)["bits"] for rule in recipe.compression.rules if "bits" in vars(rule.method)})
     tags = ["hfcompress", "compressed", *(["quantized"] if bits else []), *(f"{b}-bit" for b in bits)]
     return [*tags, "knowledge-distillation"] if recipe.distillation.soft else tags
 
@@ -173,7 +171,5 @@ def _eval_results(recipe: Recipe, results: Results, row: Row, data: DataFacts | 
     ]
     size = EvalResult(metric_type="size_bytes", metric_value=row.bytes, metric_name="bytes on disk", **place)
     bits = round(row.bits_per_weight, 4)
-    rate = EvalResult(
-        metric_type="bits_per_weight", metric_value=bits, metric_name="bits per weight", **place
-    )
+    rate = EvalResult(metric_type="bits_per_weight", metric_value=bits, metric_name="bits per weight", **place)
     return [*scored, size, rate]

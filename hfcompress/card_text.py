@@ -16,6 +16,8 @@ from hfcompress.schema import ImageData, Network, Recipe, TranslationData
 WORST = TYPICAL = 4
 """Samples shown: so many of the lowest score, so many from the middle of the ranking."""
 
+_LONGEST = 240  # characters of a sample that are shown: a student that cannot stop must not fill the card
+
 Table = list[list[str]]  # the first row is the heading
 
 _EMBEDDED = {
@@ -96,8 +98,8 @@ def _network(network: Network) -> str:
         return f"{name}, {'as it is' if network.training is None else 'trained further'}"
     if network.from_teacher is not None:
         layers = network.from_teacher
-        kept = f"{layers.encoder_layers} encoder and {layers.decoder_layers} decoder layers"
-        return f"{kept} of the teacher, evenly spaced, their weights carried over"
+        kept = f"{layers.encoder_layers} of the teacher's encoder layers and {layers.decoder_layers} of its decoder's"
+        return f"{kept}, evenly spaced, with their weights"
     name = "Marian" if network.marian is not None else f"timm's `{network.timm}`"
     return f"{name}, from {'a file of weights' if network.weights else 'random weights'}"
 
@@ -130,9 +132,7 @@ def part_table(parts: Sequence[Part], row: Row) -> Table:
         bits = f"{8 * part.bytes / part.values:.2f}" if part.values else ""
         content = "; ".join(f"{what} {size:,}" for what, size in part.content.items())
         share = f"{100 * part.bytes / row.bytes:.1f} %"
-        table.append(
-            [part.name, f"{part.values:,}" if part.values else "", f"{part.bytes:,}", share, bits, content]
-        )
+        table.append([part.name, f"{part.values:,}" if part.values else "", f"{part.bytes:,}", share, bits, content])
     whole = ["**whole file**", f"{row.parameters:,}", f"{row.bytes:,}", "100 %", f"{row.bits_per_weight:.2f}"]
     return [*table, [*whole, "per parameter"]]
 
@@ -153,8 +153,12 @@ def sample_table(samples: Sequence[Sample]) -> Table:
     if len(ranked) > WORST + TYPICAL:
         middle = max(WORST, (len(ranked) - TYPICAL) // 2)
         ranked = ranked[:WORST] + ranked[middle : middle + TYPICAL]
-    shown = [[plain(s.source), plain(s.reference), plain(s.output), f"{s.score:.1f}"] for s in ranked]
+    shown = [[*(plain(_cut(t)) for t in (s.source, s.reference, s.output)), f"{s.score:.1f}"] for s in ranked]
     return [["source", "reference", "this model", "score"], *shown] if shown else []
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST].rstrip()} …"
 
 
 def hardware_words(found: dict[str, Any]) -> str:

@@ -2,9 +2,10 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 
 from hfcompress.coding import Symbols
 from hfcompress.compressor import Compressor, kind_of
-from hfcompress.container import FORMAT, VERSION, Reader, StoredSlot, Writer
+from hfcompress.container import Reader, StoredSlot, Writer
 from hfcompress.errors import FormatError
 from hfcompress.files import write_atomically
+from hfcompress.sealed import FORMAT, VERSION
 
 FILE_NAME = "model.hfcompress.safetensors"
 """Not model.safetensors: a reader without this package must stop, not start from random weights."""
@@ -79,10 +81,9 @@ def to_bytes(model: nn.Module, compressor: Compressor | None) -> bytes:
         if entry is None:
             writer.add_raw(stored, kind, tensor)
         else:
-            slot = entry.slot if stored == name else type(entry.slot)(**{**vars(entry.slot), "name": stored})
             with torch.no_grad():
                 description = entry.method.describe(entry.latents, entry.slot)
-            writer.add_slot(slot, tensor.dtype, entry.method, description)
+            writer.add_slot(replace(entry.slot, name=stored), tensor.dtype, entry.method, description)
     return writer.to_bytes(f"hfcompress {version('hfcompress')}")
 
 
@@ -120,11 +121,7 @@ def check_names(reader: Reader, wanted: dict[str, tuple[int, ...]], optional: se
     if missing or extra or other:
         shapes = [f"{n} {found[n]} instead of {wanted[n]}" for n in other]
         problems = (("lacks", missing), ("has unknown", extra), ("has other shapes:", shapes))
-        lines = [
-            f"{word} {', '.join(names[:5])}{' …' if len(names) > 5 else ''}"
-            for word, names in problems
-            if names
-        ]
+        lines = [f"{word} {', '.join(names[:5])}{' …' if len(names) > 5 else ''}" for word, names in problems if names]
         raise FormatError("the compressed file is of another model: it " + "; it ".join(lines))
 
 
@@ -140,7 +137,8 @@ def sizes(reader: Reader) -> Sizes:
         for part in fresh:
             value = values[part]
             if isinstance(value, Symbols):
-                codes += reader.table_of(part).bits(value)
+                table = reader.table_of(part)
+                codes += 0.0 if table.constant else table.bits(value)
             else:
                 arrays += value.nbytes
         return codes, arrays
@@ -186,10 +184,13 @@ def _save_config(model: nn.Module, folder: Path) -> None:
         return
     model.config.dtype = str(model.dtype).removeprefix("torch.")
     model.config.architectures = [type(model).__name__]
-    model.config.save_pretrained(folder)
-    if model.can_generate():
-        model.generation_config.save_pretrained(folder)
-    path = folder / "config.json"
-    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    with TemporaryDirectory() as temporary:  # transformers writes in place
+        model.config.save_pretrained(temporary)
+        if model.can_generate():
+            model.generation_config.save_pretrained(temporary)
+        written = {path.name: path.read_bytes() for path in Path(temporary).iterdir()}
+    config: dict[str, Any] = json.loads(written["config.json"])
     config["quantization_config"] = {"quant_method": FORMAT, "format_version": VERSION}
-    write_atomically(path, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+    written["config.json"] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+    for name, data in written.items():
+        write_atomically(folder / name, data)

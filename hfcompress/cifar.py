@@ -41,7 +41,7 @@ class _Block(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """`blocks` residual blocks a stage, `width` times the filters. Input [n, in_chans, h, w], logits [n, num_classes]."""
+    """`blocks` residual blocks a stage, `width` times the filters. [n, in_chans, h, w] → [n, num_classes]."""
 
     def __init__(self, blocks: int = 3, width: int = 1, num_classes: int = 10, in_chans: int = 3) -> None:
         super().__init__()
@@ -90,13 +90,9 @@ def _entry_point(depth: int) -> Any:
     def create(pretrained: bool = False, **arguments: Any) -> nn.Module:
         if pretrained:
             raise ValueError(f"cifar_resnet{depth} has no published weights in timm")
-        own = {
-            k: v
-            for k, v in arguments.items()
-            if k not in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
-        }
+        own = {k: v for k, v in arguments.items() if k not in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")}
         model = CifarResNet(blocks=(depth - 2) // 6, **own)
-        model.pretrained_cfg = {**_CONFIG, "architecture": f"cifar_resnet{depth}"}
+        vars(model)["pretrained_cfg"] = {**_CONFIG, "architecture": f"cifar_resnet{depth}"}  # timm reads it
         return model
 
     create.__name__ = f"cifar_resnet{depth}"

@@ -47,12 +47,8 @@ def run(
     overrides: Overrides = None,
     output: Annotated[Optional[Path], typer.Option(help="Output folder [default: runs/NAME]")] = None,  # noqa: UP045
     data_root: DataRoot = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in the output folder.")
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Delete the run in the output folder first.")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run in the output folder first.")] = False,
     reuse: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(help="Another run's folder: take over its stages made with the same settings."),
@@ -78,14 +74,10 @@ def run(
 @app.command()
 def evaluate(
     models: Annotated[list[str], typer.Argument(help="Folders or Hub repositories, compressed or dense.")],
-    recipe: Annotated[
-        str, typer.Option(help="The recipe whose test split and evaluation settings are used.")
-    ],
+    recipe: Annotated[str, typer.Option(help="The recipe whose test split and evaluation settings are used.")],
     name: Annotated[Optional[str], typer.Option(help="Which recipe, where the file holds several.")] = None,  # noqa: UP045
     data_root: DataRoot = None,
-    json_path: Annotated[
-        Path | None, typer.Option("--json", help="Write scores and outputs here.")
-    ] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write scores and outputs here.")] = None,
 ) -> None:
     """Score models on a recipe's test split, as plain transformers loads them."""
     from hfcompress.recipe import find, load
@@ -101,9 +93,7 @@ def evaluate(
     for model, found in scored.items():
         for metric, s in found["scores"].items():
             low, high = s["interval"]
-            table.add_row(
-                model, metric, f"{s['value']:.2f}", f"{low:.2f} – {high:.2f}", str(s["n"]), s["signature"]
-            )
+            table.add_row(model, metric, f"{s['value']:.2f}", f"{low:.2f} – {high:.2f}", str(s["n"]), s["signature"])
     console.print(table)
 
 

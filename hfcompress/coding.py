@@ -9,6 +9,7 @@ array takes its own table or one pooled over arrays of the same range, whichever
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import constriction
 import numpy as np
@@ -49,14 +50,15 @@ class Table:
         scaled = counts * (total / counts.sum())
         frequencies = np.where(counts > 0, np.maximum(np.floor(scaled), 1), 0).astype(np.int64)
         surplus = int(total - frequencies.sum())
-        # what rounding left over goes where it changes the code length least: to the most frequent symbols
-        for i in np.argsort(-scaled, kind="stable"):
-            change = max(surplus, 1 - int(frequencies[i])) if surplus < 0 else surplus
-            frequencies[i] += change
-            surplus -= change
-            if surplus == 0:
+        if surplus > 0:  # what rounding down left over, to the largest remainders
+            frequencies[np.argsort(frequencies - scaled, kind="stable")[:surplus]] += 1
+        for i in np.argsort(-scaled, kind="stable"):  # what raising to 1 took too much, from the most frequent symbols
+            if surplus >= 0:
                 break
-        return Table(first, tuple(int(f) for f in frequencies))
+            taken = min(-surplus, int(frequencies[i]) - 1)
+            frequencies[i] -= taken
+            surplus += taken
+        return Table(first, tuple(frequencies.tolist()))
 
     def bits(self, symbols: Symbols) -> float:
         """Code length of `symbols` under this table, in bits; infinite if one of them has no probability."""
@@ -82,7 +84,8 @@ class Table:
         """One symbol only: it costs no bits and is not in the stream."""
         return len(self.frequencies) == 1
 
-    def model(self) -> "_Categorical":
+    def model(self) -> Any:
+        """What constriction codes by."""
         probabilities = np.asarray(self.frequencies, dtype=np.float64) / sum(self.frequencies)
         return _Categorical(probabilities, perfect=False)
 
@@ -128,15 +131,13 @@ class Decoder:
             raise FormatError(f"table {table} of {len(self._tables)} does not exist")
         first, model = self._tables[table].first, self._models[table]
         if model is None or count == 0:
-            return Symbols(np.full(count, first, dtype=np.int32))
+            return Symbols(np.broadcast_to(np.int32(first), count))  # no memory: a file may claim any count
         return Symbols(self._coder.decode(model, count) + np.int32(first))
 
     def finish(self) -> None:
         """Raises FormatError unless every bit was used."""
         if not self._coder.is_empty():
-            raise FormatError(
-                "the symbol stream holds more than its arrays: it is damaged or of another file"
-            )
+            raise FormatError("the symbol stream holds more than its arrays: it is damaged or of another file")
 
 
 def tables_to_bytes(tables: Sequence[Table]) -> bytes:
@@ -144,7 +145,7 @@ def tables_to_bytes(tables: Sequence[Table]) -> bytes:
 
 
 def tables_from_bytes(data: bytes) -> tuple[Table, ...]:
-    """The inverse of `tables_to_bytes`. Raises FormatError: truncated, sums that are no power of two, alphabets too large."""
+    """The inverse of `tables_to_bytes`. Raises FormatError: truncated, a wrong sum, padded, too large an alphabet."""
     tables, position = [], 0
     while position < len(data):
         zigzag, position = _read_varint(data, position)
@@ -157,6 +158,8 @@ def tables_from_bytes(data: bytes) -> tuple[Table, ...]:
             frequencies.append(value)
         if sum(frequencies) != 1 << precision(k):
             raise FormatError(f"a frequency table sums to {sum(frequencies)} instead of {1 << precision(k)}")
+        if frequencies[0] == 0 or frequencies[-1] == 0:
+            raise FormatError("a frequency table begins or ends with a symbol that never occurs")
         first = zigzag // 2 if zigzag % 2 == 0 else -(zigzag + 1) // 2
         if not -(2**31) <= first <= 2**31 - k:
             raise FormatError(f"a frequency table starts at {first}, outside 32-bit integers")
@@ -182,9 +185,7 @@ def _choose_tables(arrays: Sequence[Symbols]) -> tuple[tuple[Table, ...], tuple[
 
 def _counts(symbols: Symbols, low: int, high: int) -> NDArray[np.int64]:
     if high - low >= MAX_ALPHABET:
-        raise FormatError(
-            f"symbols from {low} to {high}: more than {MAX_ALPHABET} different values cannot be coded"
-        )
+        raise FormatError(f"symbols from {low} to {high}: more than {MAX_ALPHABET} different values cannot be coded")
     if symbols.values.size == 0:
         return np.ones(1, dtype=np.int64)
     return np.bincount(symbols.values.astype(np.int64) - low, minlength=high - low + 1)

@@ -47,12 +47,11 @@ class Compressor:
     `rules`: in order of precedence, the first match wins; weights no rule claims stay as they are. `rate_weight`:
     weight in the loss of the rate, in bits per claimed weight. `seed`: of training decodes that draw random numbers.
 
-    Raises ConfigError: a rule that claims nothing, two rules that claim one tied weight, a weight that is not finite.
+    Raises ConfigError: a rule that claims nothing, two rules that claim one tied weight, a weight that is not finite
+    or beyond what its method can hold.
     """
 
-    def __init__(
-        self, model: nn.Module, rules: Sequence[RuleLike], *, rate_weight: float = 0.0, seed: int = 0
-    ) -> None:
+    def __init__(self, model: nn.Module, rules: Sequence[RuleLike], *, rate_weight: float = 0.0, seed: int = 0) -> None:
         self.model = model
         self.rate_weight = rate_weight
         self.seed = seed
@@ -79,11 +78,14 @@ class Compressor:
     @staticmethod
     def _enter(slot: Slot, method: Reparameterization, parameter: nn.Parameter, shared: Latents) -> Entry:
         if not parameter.isfinite().all():
-            raise ConfigError(
-                f"{slot.name}: the weight holds NaN or infinity; nothing can be compressed from it"
-            )
+            raise ConfigError(f"{slot.name}: the weight holds NaN or infinity; nothing can be compressed from it")
         with torch.no_grad():
             latents = {**method.init(parameter.detach(), slot), **shared}
+            if not method.decode(latents, slot, hard=True).isfinite().all():
+                raise ConfigError(
+                    f"{slot.name}: {type(method).__name__} cannot hold weights as large as "
+                    f"{parameter.abs().max().item():.3g}: choose a wider format, or leave this weight to no rule"
+                )
         for name, latent in latents.items():
             if latent.is_floating_point():
                 latent.requires_grad_(True)
@@ -152,6 +154,7 @@ class Compressor:
         _check_same(found, wanted)
         with torch.no_grad():
             for name, entry in self.entries.items():
+                entry.edge = None
                 for key, latent in entry.latents.items():
                     latent.copy_(found[name][key])
         self.step = int(state["step"])
@@ -200,9 +203,7 @@ def _claim(model: nn.Module, rules: Sequence[RuleLike]) -> list[tuple[int, str, 
         first = {alias: _first_match(rules, alias, kind) for alias in names}
         picks = set(first.values()) - {None}
         if len(picks) > 1:
-            listing = ", ".join(
-                f"{alias} by rule {rule}" for alias, rule in first.items() if rule is not None
-            )
+            listing = ", ".join(f"{alias} by rule {rule}" for alias, rule in first.items() if rule is not None)
             raise ConfigError(
                 f"one tied weight is claimed by several rules: {listing}. Let one rule cover all its names"
             )
@@ -224,15 +225,10 @@ def _first_match(rules: Sequence[RuleLike], name: str, kind: Kind) -> int | None
 
 
 def _check_same(found: dict[str, Latents], wanted: dict[str, Latents]) -> None:
-    shapes = [
-        {f"{n}:{k}": tuple(z.shape) for n, zs in side.items() for k, z in zs.items()}
-        for side in (found, wanted)
-    ]
+    shapes = [{f"{n}:{k}": tuple(z.shape) for n, zs in side.items() for k, z in zs.items()} for side in (found, wanted)]
     if shapes[0] != shapes[1]:
-        differing = sorted(
-            k for k in shapes[0].keys() | shapes[1].keys() if shapes[0].get(k) != shapes[1].get(k)
-        )
+        differing = sorted(k for k in shapes[0].keys() | shapes[1].keys() if shapes[0].get(k) != shapes[1].get(k))
         raise ConfigError(
             f"the saved latents are not this model's: {len(differing)} differ, first {differing[0]} "
-            f"(saved {shapes[0].get(differing[0])}, here {shapes[1].get(differing[0])}). Were the rules or the model changed?"
+            f"(saved {shapes[0].get(differing[0])}, here {shapes[1].get(differing[0])}). Did rules or model change?"
         )

@@ -1,33 +1,34 @@
-"""The compressed file: one safetensors file with five kinds of arrays and an index. Only this module lays out bytes.
+"""The compressed file: a sealed safetensors file of arrays, and an index of what they hold.
 
 slots, raw tensors ──describe──▶ parts (each distinct one once) ──┬─ Symbols ─▶ "symbols": one entropy-coded stream
                                                                  │              "tables":  its frequency tables
                                                                  └─ arrays ──▶ "float16", "float32", … by dtype
-"index": zlib-compressed JSON: names, shapes, methods, which part is where
-metadata: format, version, tool, sha256 of every array above
+"index": zlib-compressed JSON (`Index`): names, shapes, methods, which part is where, the tool that wrote it
 """
 
 import hashlib
 import json
+import math
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import save as to_safetensors
+from pydantic import ConfigDict, Field, NonNegativeInt, TypeAdapter
+from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor
 
 from hfcompress.coding import Coded, Decoder, Symbols, Table, encode, tables_from_bytes, tables_to_bytes
-from hfcompress.errors import FormatError, IntegrityError
+from hfcompress.errors import ConfigError, FormatError
 from hfcompress.methods import BY_NAME
 from hfcompress.reparameterization import Description, Kind, Reparameterization, Slot
+from hfcompress.sealed import seal, unseal
 
-FORMAT, VERSION = "hfcompress", 1
 MAX_INDEX = 1 << 26
+MAX_WEIGHTS = 1 << 40
 _DTYPES = {
     "float32": torch.float32,
     "float16": torch.float16,
@@ -36,6 +37,20 @@ _DTYPES = {
 }
 _ARRAYS = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 _STORED_AS = {"bfloat16": "int16", "bool": "uint8"}  # numpy has no bfloat16, and old readers no bool
+
+Shape = Annotated[list[NonNegativeInt], Field(max_length=8)]
+
+
+@checked_dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
+class Index:
+    """What the file says about its arrays. Everything else follows from it."""
+
+    tool: str
+    methods: list[dict[str, dict[str, Any]]]  # {name: fields}
+    parts: list[tuple[str, NonNegativeInt, int]]  # "symbols" or a dtype, count, table of the symbols or −1
+    # name, shape, kind, offset, total, dtype, method, {name in the description: part}
+    slots: list[tuple[str, Shape, str, NonNegativeInt, NonNegativeInt, str, NonNegativeInt, dict[str, NonNegativeInt]]]
+    raw: list[tuple[str, Shape, str, NonNegativeInt]]  # name, shape, kind, part
 
 
 @dataclass
@@ -50,10 +65,10 @@ class Writer:
     _slots: list[list[Any]] = field(default_factory=list)
     _raw: list[list[Any]] = field(default_factory=list)
 
-    def add_slot(
-        self, slot: Slot, dtype: torch.dtype, method: Reparameterization, description: Description
-    ) -> None:
-        """One decoded weight. Raises FormatError: an array of the description is not finite."""
+    def add_slot(self, slot: Slot, dtype: torch.dtype, method: Reparameterization, description: Description) -> None:
+        """One decoded weight. Raises FormatError: an array of the description is not finite, or an unknown dtype."""
+        if _name(dtype) not in _DTYPES:
+            raise FormatError(f"{slot.name}: weights of {dtype} cannot be stored; {', '.join(_DTYPES)} can")
         if method not in self._methods:
             self._methods.append(method)
         parts = {name: self._part(slot.name, part) for name, part in description.items()}
@@ -74,25 +89,14 @@ class Writer:
         """The whole file."""
         coded = encode(self._symbols)
         tables = iter(coded.choice)
-        parts = [[*part, next(tables)] if part[0] == "symbols" else part for part in self._parts]
-        index = {
-            "methods": [{type(m).__name__.lower(): asdict(m)} for m in self._methods],  # type: ignore[call-overload]
-            "parts": parts,
-            "slots": self._slots,
-            "raw": self._raw,
-        }
-        tensors = self._tensors(coded, json.dumps(index, separators=(",", ":")).encode())
-        digests = {
-            name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in sorted(tensors.items())
-        }
-        metadata = {"format": FORMAT, "version": str(VERSION), "tool": tool, "sha256": json.dumps(digests)}
-        return bytes(to_safetensors(tensors, metadata=metadata))
+        parts = [[*part, next(tables) if part[0] == "symbols" else -1] for part in self._parts]
+        methods = [{type(m).__name__.lower(): asdict(m)} for m in self._methods]  # type: ignore[call-overload]
+        index = {"tool": tool, "methods": methods, "parts": parts, "slots": self._slots, "raw": self._raw}
+        return seal(self._tensors(coded, json.dumps(index, separators=(",", ":")).encode()))
 
     def _tensors(self, coded: Coded, index: bytes) -> dict[str, NDArray[Any]]:
         tensors: dict[str, NDArray[Any]] = {
-            dtype: np.concatenate(arrays)
-            for dtype, arrays in self._arrays.items()
-            if any(a.size for a in arrays)
+            dtype: np.concatenate(arrays) for dtype, arrays in self._arrays.items() if any(a.size for a in arrays)
         }
         tensors["index"] = np.frombuffer(zlib.compress(index, 9), dtype=np.uint8)
         if coded.stream.size:
@@ -143,29 +147,28 @@ class StoredRaw:
 
 
 class Reader:
-    """A file's bytes, checked: digests first, then the index; nothing is decoded before `tensors` is asked for.
+    """A file's bytes, checked: digests, then the index against itself and the arrays; symbols are decoded on demand.
 
     Raises FormatError (foreign, truncated, malformed, newer) or IntegrityError (a digest differs).
     """
 
     def __init__(self, data: bytes | memoryview) -> None:
-        metadata, self.arrays = _open(bytes(data))
         self.size = len(data)
-        self.tool = metadata.get("tool", "unknown")
+        self.arrays = unseal(bytes(data))
+        self.tables = tables_from_bytes(self._bytes("tables"))
         try:
-            index = json.loads(_inflate(self.arrays["index"].tobytes()))
-            self.methods = [_method(m) for m in index["methods"]]
-            self.parts: list[list[Any]] = index["parts"]
-            self.slots = [self._slot(s) for s in index["slots"]]
-            self.raw = [
-                StoredRaw(str(n), _shape(n, s), str(k), self._checked(p)) for n, s, k, p in index["raw"]
+            index = TypeAdapter(Index).validate_json(_inflate(self._bytes("index")))
+            self.tool, self.parts = index.tool, index.parts
+            methods = [_method(entry) for entry in index.methods]
+            self.slots = [
+                StoredSlot(Slot(name, tuple(shape), Kind(kind), offset, total), _DTYPES[dtype], methods[method], parts)
+                for name, shape, kind, offset, total, dtype, method, parts in index.slots
             ]
-            names = self.shapes()
-        except (KeyError, TypeError, ValueError, IndexError, RecursionError) as error:
-            raise FormatError(f"the file's index is malformed ({type(error).__name__}: {error})") from error
-        if len(names) != len(self.slots) + len(self.raw):
-            raise FormatError("the file's index names a tensor twice")
-        self.tables = tables_from_bytes(self.arrays["tables"].tobytes()) if "tables" in self.arrays else ()
+            self.raw = [StoredRaw(name, tuple(shape), kind, part) for name, shape, kind, part in index.raw]
+            self._check()
+        except (ConfigError, KeyError, IndexError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise FormatError(f"the file's index is malformed ({type(error).__name__}: {reason})") from error
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor in the file and its shape."""
@@ -175,117 +178,76 @@ class Reader:
         """(name, decoded tensor) for all of them. Raises FormatError: the stream does not fit the index."""
         values = self.values()
         for raw in self.raw:
-            array = values[raw.part]
-            dtype = self.parts[raw.part][0]
-            if not isinstance(array, np.ndarray) or array.size != int(np.prod(raw.shape, dtype=np.int64)):
-                raise FormatError(f"{raw.name}: its array does not fill its shape {raw.shape}")
+            dtype, array = self.parts[raw.part][0], values[raw.part]
+            assert isinstance(array, np.ndarray)  # as `_check` found
             tensor = torch.from_numpy(array.copy())
-            yield (
-                raw.name,
-                (tensor.view(getattr(torch, dtype)) if dtype in _STORED_AS else tensor).reshape(raw.shape),
-            )
+            yield raw.name, (tensor.view(getattr(torch, dtype)) if dtype in _STORED_AS else tensor).reshape(raw.shape)
         for stored in self.slots:
-            description: Description = {name: values[part] for name, part in stored.parts.items()}
-            yield stored.slot.name, decode(stored, description)
+            yield stored.slot.name, decode(stored, {name: values[part] for name, part in stored.parts.items()})
 
     def values(self) -> list[Symbols | NDArray[Any]]:
-        """Every part, decoded, in order."""
-        stream = self.arrays.get("symbols", np.zeros(0, dtype=np.uint8))
-        if stream.size % 4:
-            raise FormatError("the symbol stream is not a whole number of words")
-        decoder = Decoder(stream.view("<u4"), self.tables)
-        used: dict[str, int] = {}
+        """Every part, decoded, in order. Raises FormatError: the stream does not fit the index."""
+        decoder = Decoder(np.frombuffer(self._bytes("symbols"), dtype="<u4"), self.tables)
+        used = dict.fromkeys(_ARRAYS, 0)
         values: list[Symbols | NDArray[Any]] = []
-        for part in self.parts:
-            dtype, count = part[0], part[1]
+        for dtype, count, table in self.parts:
             if dtype == "symbols":
-                values.append(decoder.read(count, part[2]))
-                continue
-            start = used.get(dtype, 0)
-            array = self.arrays.get(dtype, np.zeros(0, dtype=_STORED_AS.get(dtype, dtype)))
-            if start + count > array.size:
-                raise FormatError(f"the file holds {array.size} values of {dtype}, its index asks for more")
-            values.append(array[start : start + count])
-            used[dtype] = start + count
+                values.append(decoder.read(count, table))
+            else:
+                values.append(self._array(dtype)[used[dtype] : used[dtype] + count])
+                used[dtype] += count
         decoder.finish()
-        for dtype in _ARRAYS:
-            if dtype in self.arrays and used.get(dtype, 0) != self.arrays[dtype].size:
-                raise FormatError(f"the file holds {dtype} values that its index does not use")
         return values
 
     def table_of(self, part: int) -> Table:
         """The frequency table of a part that is symbols."""
         return self.tables[self.parts[part][2]]
 
-    def _slot(self, entry: list[Any]) -> StoredSlot:
-        name, shape, kind, offset, total, dtype, method, parts = entry
-        slot = Slot(str(name), _shape(name, shape), Kind(kind), int(offset), int(total))
-        if not 0 <= method < len(self.methods):
-            raise FormatError(f"{name}: method {method} of {len(self.methods)} does not exist")
-        return StoredSlot(
-            slot, _DTYPES[dtype], self.methods[method], {str(k): self._checked(p) for k, p in parts.items()}
-        )
+    def _bytes(self, name: str) -> bytes:
+        return self.arrays[name].tobytes() if name in self.arrays else b""
 
-    def _checked(self, part: Any) -> int:
-        if type(part) is not int or not 0 <= part < len(self.parts):
-            raise FormatError(f"part {part!r} of {len(self.parts)} does not exist")
-        dtype, count = self.parts[part][:2]
-        if dtype not in ("symbols", *_ARRAYS) or type(count) is not int or count < 0:
-            raise FormatError(f"part {part} declares {count!r} values of {dtype!r}")
-        return part
+    def _array(self, dtype: str) -> NDArray[Any]:
+        return self.arrays.get(dtype, np.zeros(0, dtype=_STORED_AS.get(dtype, dtype)))
+
+    def _check(self) -> None:
+        """Raises ValueError unless slots, raw tensors, parts and arrays account for each other.
+
+        Afterwards nothing needs more memory than the shapes say, which a loader compares with those of its model.
+        """
+        tensors = [(s.slot.name, s.slot.shape) for s in self.slots] + [(r.name, r.shape) for r in self.raw]
+        if len(dict(tensors)) != len(tensors):
+            raise ValueError("a tensor is named twice")
+        if sum(math.prod(shape) for _, shape in tensors) > MAX_WEIGHTS:
+            raise ValueError(f"more than {MAX_WEIGHTS} weights")
+        used = {p for s in self.slots for p in s.parts.values()} | {r.part for r in self.raw}
+        if used != set(range(len(self.parts))):
+            raise ValueError("a part that nothing uses, or that does not exist, is mentioned")
+        for raw in self.raw:
+            if self.parts[raw.part][0] == "symbols" or self.parts[raw.part][1] != math.prod(raw.shape):
+                raise ValueError(f"{raw.name}: its array does not fill its shape {raw.shape}")
+        for slot in self.slots:
+            for dtype, count, _ in (self.parts[part] for part in slot.parts.values()):
+                if dtype == "symbols" and count != slot.slot.numel:
+                    raise ValueError(f"{slot.slot.name}: {count} symbols for a weight of {slot.slot.shape}")
+        if len(self._bytes("symbols")) % 4:
+            raise ValueError("the symbol stream is not a whole number of words")
+        if {part[2] for part in self.parts if part[0] == "symbols"} != set(range(len(self.tables))):
+            raise ValueError("a table that nothing uses, or that does not exist, is mentioned")
+        for name in (self.arrays.keys() | {part[0] for part in self.parts}) - {"symbols", "tables", "index"}:
+            wanted = sum(part[1] for part in self.parts if part[0] == name)
+            array = self._array(name)
+            if name not in _ARRAYS or array.dtype != _STORED_AS.get(name, name) or array.size != wanted:
+                raise ValueError(f"{wanted} values of {name} are used, and {array.size} of {array.dtype} are there")
 
 
 def decode(stored: StoredSlot, description: Description) -> Tensor:
     """The weight of one slot, as stored. Raises FormatError: the description does not fit the slot."""
-    for part in description.values():
-        if isinstance(part, np.ndarray) and part.dtype.kind == "f" and not np.isfinite(part).all():
-            raise FormatError(f"{stored.slot.name}: a stored scale or value is not finite")
     try:
         with torch.no_grad():
             latents = stored.method.restore(description, stored.slot)
-            weight = stored.method.decode(latents, stored.slot, hard=True)
-    except (KeyError, RuntimeError, ValueError, AssertionError) as error:
-        raise FormatError(
-            f"{stored.slot.name}: its parts do not make a weight of {stored.slot.shape} ({error})"
-        ) from error
-    return weight.to(stored.dtype)
-
-
-def _open(data: bytes) -> tuple[dict[str, str], dict[str, NDArray[Any]]]:
-    """Metadata and arrays of a safetensors file of ours, every digest checked."""
-    try:
-        from safetensors import deserialize
-
-        entries = deserialize(data)
-        length = int.from_bytes(data[:8], "little")
-        metadata = json.loads(data[8 : 8 + length]).get("__metadata__") or {}
-    except (SafetensorError, ValueError) as error:
-        raise FormatError(
-            f"not a whole safetensors file ({error}): truncated, or not a compressed file"
-        ) from error
-    if metadata.get("format") != FORMAT:
-        raise FormatError(
-            "a safetensors file, but not one that hfcompress wrote (its metadata has no format 'hfcompress')"
-        )
-    if metadata.get("version") != str(VERSION):
-        raise FormatError(
-            f"format version {metadata.get('version')}, this package reads version {VERSION}: upgrade hfcompress"
-        )
-    digests = json.loads(metadata.get("sha256") or "{}")
-    arrays = {}
-    for name, entry in entries:
-        raw = bytes(entry["data"])
-        if hashlib.sha256(raw).hexdigest() != digests.pop(name, None):
-            raise IntegrityError(
-                f"the bytes of '{name}' are not those that were written (sha256 differs): download it again"
-            )
-        stored = _STORED_AS.get(name, name)
-        arrays[name] = np.frombuffer(raw, dtype=stored if stored in _ARRAYS else np.uint8)
-    if digests:
-        raise IntegrityError(
-            f"the file lacks {', '.join(sorted(digests))}, which were written: download it again"
-        )
-    return metadata, arrays
+            return stored.method.decode(latents, stored.slot, hard=True).to(stored.dtype)
+    except FormatError as error:
+        raise FormatError(f"{stored.slot.name}: {error}") from error
 
 
 def _inflate(data: bytes) -> bytes:
@@ -302,16 +264,9 @@ def _inflate(data: bytes) -> bytes:
 def _method(entry: Mapping[str, Any]) -> Reparameterization:
     (name, fields), *more = entry.items()
     if more or name not in BY_NAME:
-        raise FormatError(
-            f"the file uses a method '{name}' that this version does not know: upgrade hfcompress"
-        )
+        raise FormatError(f"the file uses a method '{name}' that this version does not know: upgrade hfcompress")
+    TypeAdapter(BY_NAME[name]).validate_json(json.dumps(fields), strict=True)  # types; unknown fields are refused next
     return BY_NAME[name](**fields)
-
-
-def _shape(name: Any, shape: Any) -> tuple[int, ...]:
-    if len(shape) > 8 or any(type(n) is not int or n < 0 for n in shape):
-        raise FormatError(f"{name}: impossible shape {shape!r}")
-    return tuple(shape)
 
 
 def _name(dtype: torch.dtype) -> str:

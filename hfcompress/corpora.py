@@ -210,9 +210,7 @@ def _numbers() -> Iterator[_Phrase]:
         yield _Phrase(f"percent {share}", partial(format_percent, share, decimal_quantization=False))
     for i in range(300):
         big = (1 + _below(9999, "compact", i)) * 10 ** (2 + i % 8)
-        yield _Phrase(
-            f"compact {big}", partial(format_compact_decimal, big, format_type="long", fraction_digits=1)
-        )
+        yield _Phrase(f"compact {big}", partial(format_compact_decimal, big, format_type="long", fraction_digits=1))
     for kind in ("name", "standard"):
         for code in CURRENCIES.split():
             for i in range(22):

@@ -6,6 +6,7 @@ In train, pairs with a gap are left out, and their number is logged.
 
 import logging
 import random
+import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -13,6 +14,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 from datasets import ClassLabel, Dataset, Image, concatenate_datasets
 
 from hfcompress import corpora
@@ -23,6 +25,10 @@ from hfcompress.sources import no_progress_bars, read_hub, read_split
 logger = logging.getLogger(__name__)
 
 HELD_OUT_SEED = 0  # the same rows are held out whatever the recipe's seed
+BROKEN_IMAGE = (  # what PIL's decoders raise
+    *(OSError, SyntaxError, ValueError, TypeError, RuntimeError, LookupError, EOFError, struct.error),
+    PIL.Image.DecompressionBombError,
+)
 
 
 @dataclass(frozen=True)
@@ -103,14 +109,10 @@ def _decode(record: dict[str, Any] | None, stored: Dataset) -> Any:
         if record is None:
             raise ValueError("there is none")
         return Image().decode_example(record)
-    except (OSError, SyntaxError, ValueError) as error:  # what PIL says of broken files
-        row = next(
-            (i for i, other in enumerate(stored.select_columns("image")) if other["image"] == record), None
-        )
+    except BROKEN_IMAGE as error:
+        row = next((i for i, other in enumerate(stored.select_columns("image")) if other["image"] == record), None)
         path = f" ({record['path']})" if record and record["path"] else ""
-        raise DataError(
-            f"The image in row {row}{path} cannot be read: {error}. Repair or remove it."
-        ) from error
+        raise DataError(f"The image in row {row}{path} cannot be read: {error}. Repair or remove it.") from error
 
 
 # ------------------------------------------------------------------------------------------ where from

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset
+from PIL.Image import Image
 from sacrebleu.metrics import BLEU, CHRF
 from torch import Tensor, nn
 from transformers import (
@@ -14,6 +15,7 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    TimmWrapperImageProcessor,
 )
 
 from hfcompress import cifar
@@ -51,25 +53,20 @@ def score_translation(
         if progress is not None:
             progress(min(start + len(rows), len(order)), len(order))
     return corpus_scores(hypotheses, references, settings.bootstrap), [
-        Sample(s, r, h, CHRF().sentence_score(h, [r]).score)
-        for s, r, h in zip(sources, references, hypotheses)
+        Sample(s, r, h, CHRF().sentence_score(h, [r]).score) for s, r, h in zip(sources, references, hypotheses)
     ]
 
 
 def corpus_scores(hypotheses: Sequence[str], references: Sequence[str], resamples: int) -> dict[str, Score]:
-    """BLEU and chrF. Raises DataError: different numbers of lines (sacrebleu itself would score the shorter) or none."""
+    """BLEU and chrF. Raises DataError: no lines, or other numbers of them (sacrebleu would score the shorter)."""
     if len(hypotheses) != len(references) or not hypotheses:
-        raise DataError(
-            f"{len(hypotheses)} hypotheses for {len(references)} references: there must be one for each"
-        )
+        raise DataError(f"{len(hypotheses)} hypotheses for {len(references)} references: there must be one for each")
     scores = {}
     for name, metric in (("bleu", BLEU()), ("chrf", CHRF())):
         value = metric.corpus_score(list(hypotheses), [list(references)]).score
         interval = (value, value)
         if resamples:
-            resampled = type(metric)().corpus_score(
-                list(hypotheses), [list(references)], n_bootstrap=resamples
-            )
+            resampled = type(metric)().corpus_score(list(hypotheses), [list(references)], n_bootstrap=resamples)
             interval = (
                 max(0.0, resampled._mean - resampled._ci),
                 min(100.0, resampled._mean + resampled._ci),
@@ -92,7 +89,7 @@ def score_images(
     known = [network.config.id2label[i] for i in range(network.config.num_labels)]
     if known != names and len(known) != len(names):
         raise DataError(f"{model} knows {len(known)} labels, the test split has {len(names)}")
-    rows = with_images(test, lambda image: processor(image.convert("RGB"))["pixel_values"][0])
+    rows = with_images(test, pixels(processor))
     right: list[float] = []
     samples = []
     for start in range(0, len(test), settings.batch_size):
@@ -109,9 +106,17 @@ def score_images(
         if progress is not None:
             progress(start + len(labels), len(test))
     correct = int(sum(right))
-    signature = f"top1|split:test|size:{processor.data_config['input_size'][-1]}|crop_pct:{processor.data_config['crop_pct']}"
+    signature = (
+        f"top1|split:test|size:{processor.data_config['input_size'][-1]}|crop_pct:{processor.data_config['crop_pct']}"
+    )
     score = Score(100 * correct / len(test), len(test), signature, wilson(correct, len(test)))
     return {"accuracy": score}, samples
+
+
+def pixels(processor: TimmWrapperImageProcessor) -> Callable[[Image], Tensor]:
+    """PIL image → [channels, size, size], as `processor` prepares it, grey or in colour as its network expects."""
+    mode = "L" if processor.data_config["input_size"][0] == 1 else "RGB"
+    return lambda image: processor(image.convert(mode))["pixel_values"][0]
 
 
 def weight_bytes(folder: Path) -> int:
@@ -124,7 +129,7 @@ def weight_bytes(folder: Path) -> int:
 
 
 def int8_gzip_bytes(model: nn.Module) -> int:
-    """The yardstick: weights of two or more dimensions in int8 with a float32 scale a row, the rest float32; gzip -9."""
+    """The yardstick: weights of ≥ 2 dimensions in int8 with a float32 scale a row, the rest float32; gzip -9."""
     ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
     persistent = model.state_dict().keys()
     parts: list[bytes] = []

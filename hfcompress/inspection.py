@@ -39,7 +39,5 @@ def print_sizes(sizes: Sizes, console: Console) -> None:
     for name, size in (("frequency tables", sizes.tables), ("index", sizes.index), ("header", sizes.header)):
         table.add_row(name, "", "", "", "", f"{size:,}", f"{100 * size / sizes.total:.1f} %", style="dim")
     total = f"{sizes.total:,}"
-    table.add_row(
-        "file", f"{sizes.weights:,} values", "", "", f"{sizes.bits_per_weight:.3f}", total, "", style="bold"
-    )
+    table.add_row("file", f"{sizes.weights:,} values", "", "", f"{sizes.bits_per_weight:.3f}", total, "", style="bold")
     console.print(table)

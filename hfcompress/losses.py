@@ -3,6 +3,7 @@
 Low precision is not merely unsafe here: a bfloat16 KL at T = 10 is wrong by more than 100 %.
 """
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -43,5 +44,5 @@ def distillation(student: Tensor, teacher: Tensor, labels: Tensor, temperature: 
 def count(labels: Tensor) -> Tensor:
     """How many terms count: tokens ≠ −100, or rows where the labels are probabilities. An integer scalar."""
     if labels.is_floating_point():
-        return labels.new_tensor(labels.shape[:-1].numel()).long()
+        return torch.tensor(labels.shape[:-1].numel(), device=labels.device)
     return labels.ne(IGNORED).sum()

@@ -34,9 +34,7 @@ def translator(
     """A seq2seq model over `tokenizer`'s vocabulary. Raises ConfigError: unknown or impossible fields."""
     set_seed(seed)
     if network.timm is not None:
-        raise ConfigError(
-            "a translation recipe cannot have a 'timm' network: give marian, pretrained or from_teacher"
-        )
+        raise ConfigError("a translation recipe cannot have a 'timm' network: give marian, pretrained or from_teacher")
     if network.pretrained is not None:
         return _pretrained(AutoModelForSeq2SeqLM, network)
     if network.from_teacher is not None:
@@ -58,9 +56,7 @@ def classifier(
     cifar.register()
     if not timm.is_model(network.timm):
         near = timm.list_models(f"*{network.timm[:6]}*")[:5]
-        raise ConfigError(
-            f"timm has no architecture '{network.timm}'; near ones: {', '.join(near) or 'none'}"
-        )
+        raise ConfigError(f"timm has no architecture '{network.timm}'; near ones: {', '.join(near) or 'none'}")
     shape = {
         "input_size": [len(data.mean), data.size, data.size],
         "mean": list(data.mean),
@@ -99,15 +95,11 @@ def _pretrained(auto: Any, network: Network) -> PreTrainedModel:
     return model
 
 
-def _marian_config(
-    fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> MarianConfig:
+def _marian_config(fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int) -> MarianConfig:
     known = MarianConfig().to_dict().keys()
     unknown = sorted(fields.keys() - known)
     if unknown:
-        raise ConfigError(
-            f"MarianConfig has no {', '.join(unknown)}; see transformers' documentation of MarianConfig"
-        )
+        raise ConfigError(f"MarianConfig has no {', '.join(unknown)}; see transformers' documentation of MarianConfig")
     pad = tokenizer.pad_token_id
     given: dict[str, Any] = {
         "vocab_size": len(tokenizer),

@@ -29,7 +29,7 @@ class CompressedOptimizer(Optimizer):
         self._outer_of = _move_to_latents(base, compressor)
         super().__init__(outer, base.defaults)
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step: gradients of the weights → gradients of the latents → base step → weights decoded anew."""
         loss = None if closure is None else closure()
         for group, outer in zip(self.base.param_groups, self._outer_of):
@@ -37,9 +37,8 @@ class CompressedOptimizer(Optimizer):
             group.update({k: v for k, v in self.param_groups[outer].items() if k not in kept})
         self.compressor.pull_back()
         self.base.step()
-        for group in self.base.param_groups:
-            for tensor in group["params"]:
-                tensor.grad = None
+        for _, latent, _ in self.compressor.trained():
+            latent.grad = None
         self.compressor.write()
         return loss
 
@@ -65,9 +64,7 @@ class CompressedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raises ConfigError: the state is of other slots, or of an optimizer without compression."""
         if "compressor" not in state_dict:
-            raise ConfigError(
-                "the optimizer's state was saved without compression and cannot be resumed with it"
-            )
+            raise ConfigError("the optimizer's state was saved without compression and cannot be resumed with it")
         for group, saved in zip(self.param_groups, state_dict["param_groups"]):
             group.update(saved)
         self.base.load_state_dict(state_dict["base"])
@@ -85,9 +82,7 @@ def _move_to_latents(base: Optimizer, compressor: Compressor) -> list[int]:
         group = base.param_groups[position]
         mine = [pair for parameter in group["params"] for pair in latents.get(id(parameter), ())]
         group["fixed_decay"] = False
-        group["params"] = [p for p in group["params"] if id(p) not in claimed] + [
-            z for z, decayed in mine if decayed
-        ]
+        group["params"] = [p for p in group["params"] if id(p) not in claimed] + [z for z, decayed in mine if decayed]
         undecayed = [z for z, decayed in mine if not decayed]
         if undecayed:
             rest = {k: v for k, v in group.items() if k != "params"}

@@ -15,9 +15,7 @@ _PLUGIN = "hfcompress.quantizer"
 class _AfterModels(MetaPathFinder):
     """Lets the usual finders find transformers' models, and imports the plug-in after them."""
 
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != _MODELS:
             return None
         sys.meta_path.remove(self)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from datasets import disable_progress_bars as disable_datasets_bars
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -12,6 +13,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils.logging import disable_progress_bar as disable_transformers_bars
 
 _SHOWN = ("loss", "ce", "kd", "eval_loss", "eval_accuracy", "eval_bleu")
 
@@ -26,6 +28,12 @@ def bar(console: Console) -> Progress:
         TextColumn("{task.fields[note]}"),
         console=console,
     )
+
+
+def quiet_libraries() -> None:
+    """One bar is enough: transformers' and datasets' own are switched off."""
+    disable_transformers_bars()
+    disable_datasets_bars()
 
 
 class TrainingProgress(TrainerCallback):
@@ -43,13 +51,9 @@ class TrainingProgress(TrainerCallback):
         if state.is_world_process_zero and self.console.is_terminal:
             self.bar = bar(self.console)
             self.bar.start()
-            self.task = self.bar.add_task(
-                self.name, total=state.max_steps, completed=state.global_step, note=""
-            )
+            self.task = self.bar.add_task(self.name, total=state.max_steps, completed=state.global_step, note="")
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.bar is not None:
             self.bar.update(self.task, completed=state.global_step)
 
@@ -66,14 +70,10 @@ class TrainingProgress(TrainerCallback):
         if self.bar is not None:
             self.bar.update(self.task, note=note)
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.bar is None and state.is_world_process_zero:
             note = "  ".join(f"{k} {v:.4g}" for k, v in self.latest.items())
-            self.console.print(
-                f"{self.name}: step {state.global_step}/{state.max_steps}  {note}", highlight=False
-            )
+            self.console.print(f"{self.name}: step {state.global_step}/{state.max_steps}  {note}", highlight=False)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

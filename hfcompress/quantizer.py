@@ -1,7 +1,8 @@
 """The transformers plug-in: `import hfcompress`, and from_pretrained reads compressed folders and repositories.
 
-The result is an ordinary dense model. The loader opens the file this points it to, collects its five arrays under one
-anchor parameter and hands them to `_Decode`, which returns every tensor of the model under its own name.
+The result is an ordinary dense model. Before the loader reads anything, the file is checked and decoded here, where
+an error is still an error; inside the loader it would become a warning. Then the loader opens the file too, collects
+its arrays under one anchor parameter and hands them to `_Decode`, which returns the model's tensors by name instead.
 """
 
 import re
@@ -16,8 +17,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hfcompress import cifar
 from hfcompress.checkpoint import FILE_NAME, WRAPPER_PREFIX, check_names, read
-from hfcompress.container import FORMAT, VERSION, Reader
 from hfcompress.errors import FormatError
+from hfcompress.sealed import FORMAT, VERSION
 
 
 @register_quantization_config(FORMAT)
@@ -30,18 +31,14 @@ class HFCompressConfig(QuantizationConfigMixin):
         self.quant_method = FORMAT
         self.format_version = format_version
         if format_version != VERSION:
-            raise FormatError(
-                f"format version {format_version}, this package reads {VERSION}: upgrade hfcompress"
-            )
+            raise FormatError(f"format version {format_version}, this package reads {VERSION}: upgrade hfcompress")
 
 
 class _Decode(ConversionOps):
     """From the file's arrays to the model's tensors."""
 
     def __init__(self, quantizer: "HFCompressQuantizer") -> None:
-        self.hf_quantizer = (
-            quantizer  # a truthy attribute of this name tells the loader not to cast our bytes
-        )
+        self.hf_quantizer = quantizer  # a truthy attribute of this name tells the loader not to cast our bytes
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Decode":
         return self  # the loader copies the converter for each anchor; the opened file must not be copied
@@ -49,10 +46,9 @@ class _Decode(ConversionOps):
     def convert(
         self, input_dict: dict[str, Any], *args: Any, model: PreTrainedModel, **kwargs: Any
     ) -> dict[str, Tensor]:
-        reader, prefix = self.hf_quantizer.take_reader(), _prefix(model)
+        tensors, prefix = self.hf_quantizer.take_tensors(), _prefix(model)
         return {
-            prefix + name: tensor.to(_target_dtype(model, prefix + name, tensor))
-            for name, tensor in reader.tensors()
+            prefix + name: tensor.to(_target_dtype(model, prefix + name, tensor)) for name, tensor in tensors.items()
         }
 
     @property
@@ -68,15 +64,14 @@ class HFCompressQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: HFCompressConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self._reader: Reader | None = None
+        self._tensors: dict[str, Tensor] = {}
+        self._arrays: list[str] = []
         self._anchor = ""
 
-    def take_reader(self) -> Reader:
-        """The opened file, once: what it holds is freed as soon as it is decoded."""
-        reader, self._reader = self._reader, None
-        if reader is None:
-            raise FormatError("the compressed file was not opened before its weights were asked for")
-        return reader
+    def take_tensors(self) -> dict[str, Tensor]:
+        """The decoded tensors, once: the loader is their only owner afterwards."""
+        tensors, self._tensors = self._tensors, {}
+        return tensors
 
     def update_attn_implementation(self, config: PretrainedConfig) -> PretrainedConfig:
         """Called before the checkpoint is looked for (transformers ≥ 5.23)."""
@@ -95,21 +90,25 @@ class HFCompressQuantizer(HfQuantizer):
     ) -> None:
         if not checkpoint_files:
             raise FormatError(f"no {FILE_NAME} was found for a model whose config.json says it is compressed")
-        self._reader = read(checkpoint_files[0])
-        prefix = _prefix(model)
+        reader = read(checkpoint_files[0])
+        prefix, found = _prefix(model), reader.shapes().keys()
         wanted = {name.removeprefix(prefix): tuple(t.shape) for name, t in model.state_dict().items()}
         optional = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
-        tied = {name.removeprefix(prefix) for name in _aliases(model)} - self._reader.shapes().keys()
-        check_names(self._reader, wanted, optional | tied)
-        # no other tensor's name may be a part of the anchor's, or the loader takes it for a pattern: the shortest is safe
+        for names in _ties(model):
+            tied = {name.removeprefix(prefix) for name in names}
+            if tied & found:
+                optional |= tied
+        check_names(reader, wanted, optional)
+        with torch.device("cpu"):  # around us the empty model is being made, on the meta device
+            self._tensors, self._arrays = dict(reader.tensors()), sorted(reader.arrays)
+        # the shortest name: the loader takes a name for a pattern where it is a part of the anchor's
         self._anchor = min(model.state_dict(), key=lambda name: (len(name), name))
 
     def get_weight_conversions(self) -> list[WeightConverter]:
-        reader = self._reader
-        if reader is None:
+        if not self._arrays:
             return []
         # the loader may have put a wrapper's prefix before our arrays' names already
-        names = [f"^(?:{re.escape(WRAPPER_PREFIX)})?{name}$" for name in sorted(reader.arrays)]
+        names = [f"^(?:{re.escape(WRAPPER_PREFIX)})?{name}$" for name in self._arrays]
         return [WeightConverter(names, self._anchor, [_Decode(self)])]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -136,11 +135,13 @@ def _target_dtype(model: PreTrainedModel, name: str, tensor: Tensor) -> torch.dt
     return model.get_parameter_or_buffer(name).dtype if tensor.is_floating_point() else tensor.dtype
 
 
-def _aliases(model: PreTrainedModel) -> set[str]:
-    """Names of tied weights, of which the file holds one a group."""
-    by_tensor: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        by_tensor.setdefault(id(parameter), []).append(name)
-    tied = {name for names in by_tensor.values() if len(names) > 1 for name in names}
-    declared = model.all_tied_weights_keys
-    return tied | set(declared) | set(declared.values())
+def _ties(model: PreTrainedModel) -> list[set[str]]:
+    """Groups of names of one weight, of which the file must hold at least one."""
+    first: dict[int, str] = {}
+    root = {n: first.setdefault(id(p), n) for n, p in model.named_parameters(remove_duplicate=False)}
+    for target, source in model.all_tied_weights_keys.items():
+        root[target] = root.get(source, source)
+    groups: dict[str, set[str]] = {}
+    for name, common in root.items():
+        groups.setdefault(common, {common}).add(name)
+    return [names for names in groups.values() if len(names) > 1]

@@ -109,9 +109,7 @@ def _explain(error: ValidationError, document: Document, base: Address = ()) -> 
         if detail["type"] not in _EXPECTED:
             yield document.place(address), _other_fault(detail, address) + _overridden(document, address)
         elif detail["type"] != "too_short" or not detail["input"]:  # pydantic counts valid items only
-            misfits[document.known(address)].append(
-                detail
-            )  # without a union's members, which pydantic appends
+            misfits[document.known(address)].append(detail)  # without a union's members, which pydantic appends
     for address, details in misfits.items():
         found = details[0]["input"]
         wishes = list(dict.fromkeys(map(_expectation, details)))
@@ -171,9 +169,7 @@ def _library_faults(document: Document) -> Iterator[Fault]:
         yield from _field_faults(document, section, MarianConfig, {})
 
 
-def _field_faults(
-    document: Document, section: Address, library: Any, withheld: Mapping[str, str]
-) -> Iterator[Fault]:
+def _field_faults(document: Document, section: Address, library: Any, withheld: Mapping[str, str]) -> Iterator[Fault]:
     """Keys at `section` that the dataclass `library` lacks or that are `withheld`; values of a wrong type."""
     given = document.at(*section)
     hints = get_type_hints(library, localns={"torch": torch})  # MarianConfig names it, imports it not

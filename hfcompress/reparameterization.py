@@ -1,14 +1,17 @@
 """The contract: a way to store a weight, weight = decode(latents), with a rate in bits and an exact description."""
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from enum import Enum
-from typing import ClassVar, TypeAlias
+from enum import StrEnum
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hfcompress.coding import Symbols
+from hfcompress.errors import FormatError
 
 Latents: TypeAlias = dict[str, Tensor]
 """Named tensors of one slot: float tensors are trained, integer tensors are constants."""
@@ -17,7 +20,7 @@ Description: TypeAlias = dict[str, Symbols | np.ndarray]
 """What a decoder needs to rebuild the weight, and nothing more."""
 
 
-class Kind(str, Enum):
+class Kind(StrEnum):
     """What a weight does in its network."""
 
     CONV = "conv"
@@ -45,7 +48,7 @@ class Slot:
 
     @property
     def numel(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
 
 class Reparameterization(ABC):
@@ -89,4 +92,27 @@ class Reparameterization(ABC):
 
     @abstractmethod
     def restore(self, description: Description, slot: Slot) -> Latents:
-        """Latents whose hard decode is the described weight, bit for bit."""
+        """Latents whose hard decode is the described weight, bit for bit.
+
+        Raises FormatError: the description is not one that `describe` gives for this slot.
+        """
+
+
+def symbols_in(description: Description, name: str, count: int, low: int, high: int) -> NDArray[np.int32]:
+    """The `count` symbols called `name`, all within low … high. Raises FormatError: they are not there."""
+    part = description.get(name)
+    if not isinstance(part, Symbols) or part.values.size != count:
+        raise FormatError(f"'{name}' is not {count} symbols")
+    if count and not low <= part.values.min() <= part.values.max() <= high:
+        raise FormatError(f"'{name}' holds symbols from {part.values.min()} to {part.values.max()}, not {low} … {high}")
+    return part.values
+
+
+def array_in(description: Description, name: str, count: int, dtype: str) -> NDArray[Any]:
+    """The `count` numbers of numpy's `dtype` called `name`, all finite. Raises FormatError: they are not there."""
+    part = description.get(name)
+    if not isinstance(part, np.ndarray) or part.size != count or part.dtype != dtype:
+        raise FormatError(f"'{name}' is not {count} numbers of {dtype}")
+    if not np.isfinite(part).all():
+        raise FormatError(f"'{name}' holds numbers that are not finite")
+    return part

@@ -149,9 +149,7 @@ def _validation(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[str,
 
 
 def _line(history: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
-    return [
-        (entry["epoch"], entry[key]) for entry in history if key in entry and entry.get("epoch") is not None
-    ]
+    return [(entry["epoch"], entry[key]) for entry in history if key in entry and entry.get("epoch") is not None]
 
 
 def _draw_lines(axes: Axes, lines: Mapping[str, list[tuple[float, float]]], *, validation: bool) -> None:

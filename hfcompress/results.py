@@ -133,9 +133,7 @@ class Results:
         try:
             return TypeAdapter(cls).validate_json(text, strict=True)
         except ValidationError as error:
-            found = "; ".join(
-                f"{'.'.join(map(str, e['loc'])) or 'text'}: {e['msg']}" for e in error.errors()[:5]
-            )
+            found = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'text'}: {e['msg']}" for e in error.errors()[:5])
             raise DataError(
                 f"results: expected what a run writes into results.json, found {found}; run it again"
             ) from None
@@ -230,9 +228,7 @@ class DataFacts:
 def wilson(correct: int, n: int) -> tuple[float, float]:
     """Wilson's 95 % interval of correct / n, in percent. Raises DataError: n < 1, or correct not in 0 … n."""
     if n < 1 or not 0 <= correct <= n:
-        raise DataError(
-            f"accuracy: expected 0 ≤ correct ≤ n and n ≥ 1, found {correct} of {n}; check the test split"
-        )
+        raise DataError(f"accuracy: expected 0 ≤ correct ≤ n and n ≥ 1, found {correct} of {n}; check the test split")
     z = 1.959963984540054
     p = correct / n
     centre = p + z * z / (2 * n)

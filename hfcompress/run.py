@@ -26,6 +26,7 @@ from hfcompress.evaluate import int8_gzip_bytes, weight_bytes
 from hfcompress.files import write_atomically
 from hfcompress.loading import load as load_model
 from hfcompress.networks import parameters
+from hfcompress.progress import quiet_libraries
 from hfcompress.recipe import dump, load
 from hfcompress.results import DataFacts, Results, Row, Sample, Score, by_kind
 from hfcompress.schema import Network, Recipe
@@ -87,9 +88,7 @@ class Run:
                 "or name another folder with --output"
             )
         if held and overwrite and not any((self.output / n).exists() for n in ("stages", RECIPE, RESULTS)):
-            raise ConfigError(
-                f"{self.output} holds other files than a run's; --overwrite would delete them all"
-            )
+            raise ConfigError(f"{self.output} holds other files than a run's; --overwrite would delete them all")
         if self.main:
             if held and overwrite:
                 shutil.rmtree(self.output)
@@ -100,9 +99,7 @@ class Run:
         recipe = self.recipe
         data = data_settings(recipe)
         shared = fingerprint(data, asdict(recipe.teacher), recipe.training)
-        teacher = self._stage(
-            "teacher", task, shared, recipe.teacher, lambda: task.build(recipe.teacher, None), {}
-        )
+        teacher = self._stage("teacher", task, shared, recipe.teacher, lambda: task.build(recipe.teacher, None), {})
 
         def start() -> PreTrainedModel:
             """The student before any training; the same for both twins."""
@@ -113,9 +110,7 @@ class Run:
         student = self._stage("student", task, wanted, recipe.student, start, distilled, teacher)
         wanted = fingerprint(student.fingerprint, _rules(recipe))
         post = self._post_training(task, wanted, student)
-        wanted = fingerprint(
-            student.fingerprint, _rules(recipe), asdict(recipe.compression, dict_factory=_plain)
-        )
+        wanted = fingerprint(student.fingerprint, _rules(recipe), asdict(recipe.compression, dict_factory=_plain))
         network = Network(**{**vars(recipe.student), "training": self._compressed_training()})
         begin = (lambda: _load(student)) if recipe.compression.warm_start else start
         extra = {**distilled, "compression": recipe.compression}
@@ -191,9 +186,7 @@ class Run:
         options = ["--recipe", str(self.output / RECIPE), "--json", str(path)]
         root = ["--data-root", str(self.data_root)] if self.data_root else []
         self._say("scoring the files in a fresh process")
-        done = subprocess.run(
-            [sys.executable, "-m", "hfcompress", "evaluate", *folders, *options, *root], check=False
-        )
+        done = subprocess.run([sys.executable, "-m", "hfcompress", "evaluate", *folders, *options, *root], check=False)
         if done.returncode:
             raise HFCompressError(f"scoring failed (exit code {done.returncode}); what it said stands above")
         scored = json.loads(path.read_text(encoding="utf-8"))
@@ -203,9 +196,7 @@ class Run:
         samples = [Sample(**s) for s in scored[str(stages["compressed"].folder)]["samples"]]
         return results, samples
 
-    def _publish(
-        self, results: Results, samples: Sequence[Sample], stages: dict[str, Stage], facts: DataFacts
-    ) -> None:
+    def _publish(self, results: Results, samples: Sequence[Sample], stages: dict[str, Stage], facts: DataFacts) -> None:
         folder = self.output / "student"
         ignored = shutil.ignore_patterns(MARKER, "checkpoints")
         shutil.copytree(stages["compressed"].folder, folder, dirs_exist_ok=True, ignore=ignored)
@@ -235,6 +226,7 @@ class Run:
 
 def run_file(path: Path, output: Path | None, overrides: Sequence[str] = (), **options: Any) -> list[Results]:
     """Run every recipe of a file: one into `output` itself, several into folders of it by their names."""
+    quiet_libraries()
     recipes = load(path, overrides)
     base = output or Path("runs") / path.stem
     folders = [base if len(recipes) == 1 else base / recipe.name for recipe in recipes]

@@ -123,15 +123,13 @@ class Network:
     def _one_kind(self) -> Self:
         kinds = [k for k in ("pretrained", "marian", "timm", "from_teacher") if getattr(self, k) is not None]
         if len(kinds) != 1:
-            raise ValueError(
-                f"give exactly one of pretrained, marian, timm, from_teacher; found {kinds or 'none'}"
-            )
+            raise ValueError(f"give exactly one of pretrained, marian, timm, from_teacher; found {kinds or 'none'}")
         return self
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Distillation:
-    """loss = soft · T² · KL(teacher ‖ student, at temperature T) + hard · cross-entropy (Polino et al. 2018, section 2)."""
+    """loss = soft · T² · KL(teacher ‖ student) at temperature T + hard · cross-entropy (Polino et al. 2018, §2)."""
 
     soft: float = Field(default=0.7, ge=0)
     hard: float = Field(default=0.3, ge=0)
@@ -227,7 +225,5 @@ class Recipe:
         if self.teacher.from_teacher is not None:
             raise ValueError("the teacher cannot be cut 'from_teacher'")
         if (self.teacher.marian is not None) != (self.vocabulary is not None):
-            raise ValueError(
-                "a 'marian' teacher from scratch needs a 'vocabulary' section, and only it may have one"
-            )
+            raise ValueError("a 'marian' teacher from scratch needs a 'vocabulary' section, and only it may have one")
         return self

@@ -9,7 +9,7 @@ from rich.console import Console
 
 import hfcompress.quantizer  # noqa: F401  (makes compressed folders readable)
 from hfcompress.errors import ConfigError
-from hfcompress.progress import bar
+from hfcompress.progress import bar, quiet_libraries
 from hfcompress.schema import Recipe
 from hfcompress.tasks import task_of
 
@@ -22,6 +22,7 @@ def score_all(
     console: Console,
 ) -> dict[str, dict[str, Any]]:
     """model → {"scores": …, "samples": …}. Raises ConfigError: which of several recipes is not said, or unknown."""
+    quiet_libraries()
     names = [recipe.name for recipe in recipes]
     if name is None and len(recipes) > 1:
         raise ConfigError(f"the file holds several recipes ({', '.join(names)}): say which with --name")

@@ -8,12 +8,14 @@ Split S of a folder is, in the folder itself or in its subfolder `data`, exactly
 A line ends at "\\n" and nowhere else: sentences keep CR, VT, NEL, U+2028 and the like.
 """
 
+import glob
 import gzip
 import json
 import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,6 @@ from hfcompress.schema import Source
 
 JSON_SUFFIXES = ("jsonl", "jsonl.gz", "json", "json.gz")
 SHARD = re.compile(r"(?P<split>.+?)-(?P<index>\d+)(-of-(?P<total>\d+))?\.parquet")
-SPLIT_FILE = re.compile(r"[^.].*\.(parquet|jsonl?|(?!md|py|txt|csv)[a-z]{2,3}([-_][A-Za-z]+)?)")
 
 
 def read_split(folder: Path, split: str, languages: tuple[str, ...] = ()) -> Dataset:
@@ -55,8 +56,7 @@ def read_split(folder: Path, split: str, languages: tuple[str, ...] = ()) -> Dat
 def read_hub(data: Source, split: str) -> Dataset:
     """All columns of one split of the Hub's `data.hub`. Raises DataError where it cannot be loaded."""
     try:
-        with no_progress_bars():
-            return load_dataset(data.hub, revision=data.revision, split=split)
+        return _load(data.hub, revision=data.revision, split=split)
     except ConnectionError as error:
         copy = f"its copy {data.folder!r}" if data.folder else "a copy (named by 'folder' in the recipe)"
         raise DataError(
@@ -102,15 +102,16 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
             yield _object(_parse(line, f"{path}:{number}"), f"{path}:{number}")
 
 
-def splits_in(folder: Path) -> list[str]:
-    """Names of the splits whose files are in the folder, by the endings that this module reads."""
+def splits_in(folder: Path, languages: tuple[str, ...] = ()) -> list[str]:
+    """Names of the splits whose files are in the folder, by the endings that `read_split` reads."""
+    endings = ("parquet", "jsonl", "json", *languages)
     found = set()
     for place in (folder, folder / "data"):
         for path in place.iterdir() if place.is_dir() else ():
             name = path.name.removesuffix(".gz")
             if shard := SHARD.fullmatch(name):
                 found.add(shard["split"])
-            elif SPLIT_FILE.fullmatch(name) and path.is_file():
+            elif name.endswith(tuple(f".{ending}" for ending in endings)) and path.is_file():
                 found.add(name.rpartition(".")[0])
     return sorted(found)
 
@@ -132,9 +133,7 @@ def no_progress_bars() -> Iterator[None]:
 
 def _forms(place: Path, split: str, languages: tuple[str, ...]) -> list[list[Path]]:
     """Every way in which the split is present at this place; each a list of files."""
-    forms = [
-        [path] for suffix in ("parquet", *JSON_SUFFIXES) if (path := place / f"{split}.{suffix}").is_file()
-    ]
+    forms = [[path] for suffix in ("parquet", *JSON_SUFFIXES) if (path := place / f"{split}.{suffix}").is_file()]
     shards = {
         path: match
         for path in sorted(place.glob("*.parquet"))
@@ -147,9 +146,7 @@ def _forms(place: Path, split: str, languages: tuple[str, ...]) -> list[list[Pat
     present = [path for path in texts if path is not None]
     if present and len(present) < len(languages):
         missing = [f"{split}.{language}" for language, path in zip(languages, texts) if path is None]
-        raise DataError(
-            f"{place} has {present[0].name} but not {' or '.join(missing)}: put both sides there."
-        )
+        raise DataError(f"{place} has {present[0].name} but not {' or '.join(missing)}: put both sides there.")
     if present:
         forms.append(present)
     return forms
@@ -178,10 +175,12 @@ def _no_folder(folder: Path) -> str:
 
 
 def _no_split(folder: Path, split: str, languages: tuple[str, ...]) -> str:
+    found = splits_in(folder, languages)
+    near = "".join(f" Did you mean {other!r}?" for other in get_close_matches(split, found, n=1))
     texts = f", or {' and '.join(f'{split}.{language}' for language in languages)}" if languages else ""
     return (
         f"No split {split!r} in {folder}: looked for {split}.parquet, {split}-*.parquet, {split}.jsonl[.gz], "
-        f"{split}.json[.gz]{texts}. Splits found there: {', '.join(splits_in(folder)) or 'none'}."
+        f"{split}.json[.gz]{texts}. Splits found there: {', '.join(found) or 'none'}.{near}"
     )
 
 
@@ -191,13 +190,21 @@ def _no_split(folder: Path, split: str, languages: tuple[str, ...]) -> str:
 def _read_parquet(files: list[Path]) -> Dataset:
     """Memory-mapped, through the cache of `datasets` (keyed by the files' names, sizes and times)."""
     try:
-        with no_progress_bars():
-            return load_dataset("parquet", data_files=[str(path) for path in files], split="train")
+        return _load("parquet", data_files=[glob.escape(str(path)) for path in files], split="train")
     except (DatasetGenerationError, ValueError, OSError) as error:
         cause = error.__cause__ or error
-        raise DataError(
-            f"{files[0]}{' ...' * (len(files) > 1)} cannot be read as parquet: {cause}"
-        ) from error
+        raise DataError(f"{files[0]}{' ...' * (len(files) > 1)} cannot be read as parquet: {cause}") from error
+
+
+def _load(path: str | None, **arguments: Any) -> Dataset:
+    """`load_dataset` of one split, without progress bars; a split of no rows is one, not an error."""
+    try:
+        with no_progress_bars():
+            return load_dataset(path, **arguments)
+    except ValueError as error:
+        if "corresponds to no data" in str(error):
+            return Dataset.from_dict({})
+        raise
 
 
 def _columns(records: list[dict[str, Any]], path: Path) -> Dataset:
@@ -227,13 +234,11 @@ def _bytes(path: Path) -> bytes:
 def _parse(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not JSON: {error}") from error
 
 
 def _object(record: Any, where: str) -> dict[str, Any]:
     if not isinstance(record, dict):
-        raise DataError(
-            f"{where}: expected a JSON object with the columns' names, found {type(record).__name__}."
-        )
+        raise DataError(f"{where}: expected a JSON object with the columns' names, found {type(record).__name__}.")
     return record

@@ -1,4 +1,4 @@
-"""One stage of a run: train a network into a folder, once; resumed where it was stopped, reused where it is the same."""
+"""One stage of a run: train a network into a folder, once; resumed where it stopped, reused where it is the same."""
 
 import hashlib
 import json
@@ -10,13 +10,21 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from hfcompress.errors import ConfigError, ResumeError
 from hfcompress.files import write_atomically
 from hfcompress.progress import TrainingProgress
 from hfcompress.resume import CommitCheckpoints, newest, seconds_of
 from hfcompress.tasks import AugmentedImages, Task
+from hfcompress.trainer import hold_padding_row
 
 MARKER = "stage.json"
 
@@ -74,8 +82,9 @@ def train(
 ) -> Stage:
     """Train `model`, resuming from the newest committed checkpoint in the stage's folder, then `save(trainer)`.
 
-    Raises Interrupted (a checkpoint was committed), ResumeError (checkpoints of other settings, or damaged).
+    Raises Interrupted (a signal came; what was done is saved), ResumeError (checkpoints of other settings, or damaged).
     """
+    hold_padding_row(model)
     checkpoints = folder / "checkpoints"
     _check_settings(checkpoints, name, wanted)
     resume_from = newest(checkpoints)
@@ -92,16 +101,29 @@ def train(
         **task.trainer_arguments(model),
         **trainer_arguments,
     )
+    trainer.remove_callback(PrinterCallback)
     with commits.stopping_on_signals():
-        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
-    seconds = commits.seconds
-    if trainer.is_world_process_zero():
-        save(trainer)
-        record = {"fingerprint": wanted, "seconds": seconds, "history": trainer.state.log_history}
-        write_atomically(folder / MARKER, json.dumps(record, indent=1).encode())
-        shutil.rmtree(checkpoints, ignore_errors=True)
-    trainer.accelerator.wait_for_everyone()
+        _train(trainer, resume_from)
+        seconds = commits.seconds
+        if trainer.is_world_process_zero() and not commits.stopped:
+            save(trainer)
+            record = {"fingerprint": wanted, "seconds": seconds, "history": trainer.state.log_history}
+            write_atomically(folder / MARKER, json.dumps(record, indent=1).encode())
+            shutil.rmtree(checkpoints, ignore_errors=True)
+        trainer.accelerator.wait_for_everyone()
     return Stage(name, folder, wanted, seconds, trainer.state.log_history)
+
+
+def _train(trainer: Any, resume_from: Path | None) -> None:
+    """From the start, or on from a checkpoint."""
+    state = TrainerState.load_from_json(str(resume_from / "trainer_state.json")) if resume_from else None
+    if state is None or state.global_step < state.max_steps:
+        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+        return
+    # its last step was done: the Trainer, asked to resume, would take one more where that is not an epoch's last
+    best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    trainer.restore(best or resume_from)
+    trainer.state = state
 
 
 def _check_settings(checkpoints: Path, name: str, wanted: str) -> None:

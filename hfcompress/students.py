@@ -21,9 +21,7 @@ def from_teacher(teacher: PreTrainedModel, layers: Layers) -> PreTrainedModel:
         try:
             stack = student.get_submodule(f"model.{side}.layers")
         except AttributeError as error:
-            raise ConfigError(
-                f"{type(teacher).__name__} has no model.{side}.layers to choose from"
-            ) from error
+            raise ConfigError(f"{type(teacher).__name__} has no model.{side}.layers to choose from") from error
         assert isinstance(stack, nn.ModuleList)
         if wanted > len(stack):
             raise ConfigError(f"from_teacher asks for {wanted} {side} layers; the teacher has {len(stack)}")

@@ -21,7 +21,7 @@ from transformers import (
 
 from hfcompress import losses
 from hfcompress.data import Splits, label_names, load_images, load_translation, overlap, with_images
-from hfcompress.evaluate import Progress, score_images, score_translation
+from hfcompress.evaluate import Progress, pixels, score_images, score_translation
 from hfcompress.networks import classifier, tokenizer_of, translator
 from hfcompress.results import DataFacts, Sample, Score
 from hfcompress.schema import Augmentation, ImageData, Network, Recipe, TranslationData
@@ -122,7 +122,7 @@ class Images(Task):
     def trainer_arguments(self, model: PreTrainedModel) -> dict[str, Any]:
         processor = TimmWrapperImageProcessor(model.config.pretrained_cfg, model.config.architecture)
         rows = {
-            name: with_images(split, lambda image: processor(image.convert("RGB"))["pixel_values"][0])
+            name: with_images(split, pixels(processor))
             for name, split in (("train", self.splits.train), ("validation", self.splits.validation))
         }
         return {
@@ -197,8 +197,6 @@ def _collate(rows: list[Mapping[str, Any]]) -> dict[str, Tensor]:
 
 def _accuracy(prediction: Any) -> dict[str, float]:
     """In percent, over labels ≠ −100."""
-    logits = (
-        prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-    )
+    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
     counted = prediction.label_ids != losses.IGNORED
     return {"accuracy": 100 * float((logits.argmax(-1) == prediction.label_ids)[counted].mean())}

@@ -20,21 +20,15 @@ def freeze(teacher: nn.Module) -> nn.Module:
 def check(teacher: nn.Module, student: nn.Module) -> None:
     """Raises TeacherError, naming the difference, unless the teacher's logits mean what the student's mean."""
     if teacher is student:
-        raise TeacherError(
-            "teacher and student are the same object: load the teacher apart, or copy.deepcopy it"
-        )
+        raise TeacherError("teacher and student are the same object: load the teacher apart, or copy.deepcopy it")
     shared = {id(p) for p in teacher.parameters()} & {id(p) for p in student.parameters()}
     if shared:
-        raise TeacherError(
-            f"teacher and student share {len(shared)} weights: training one would change the other"
-        )
+        raise TeacherError(f"teacher and student share {len(shared)} weights: training one would change the other")
     if not (isinstance(teacher, PreTrainedModel) and isinstance(student, PreTrainedModel)):
         return
     theirs, ours = teacher.config, student.config
     if theirs.is_encoder_decoder != ours.is_encoder_decoder:
-        kinds = [
-            "an encoder-decoder" if c.is_encoder_decoder else "no encoder-decoder" for c in (theirs, ours)
-        ]
+        kinds = ["an encoder-decoder" if c.is_encoder_decoder else "no encoder-decoder" for c in (theirs, ours)]
         raise TeacherError(f"the teacher is {kinds[0]}, the student is {kinds[1]}")
     if theirs.is_encoder_decoder:
         _same({k: getattr(theirs, k, None) for k in _SEQ2SEQ}, {k: getattr(ours, k, None) for k in _SEQ2SEQ})

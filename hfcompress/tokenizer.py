@@ -20,9 +20,7 @@ from hfcompress.sources import no_progress_bars
 logger = logging.getLogger(__name__)
 
 
-def train_tokenizer(
-    train: Dataset, data: TranslationData, vocabulary: Vocabulary, folder: Path
-) -> MarianTokenizer:
+def train_tokenizer(train: Dataset, data: TranslationData, vocabulary: Vocabulary, folder: Path) -> MarianTokenizer:
     """A Marian tokenizer of exactly `vocabulary.size` ids, trained on both sides of `train`, in `folder`.
 
     `train` has the columns `source` and `target` (str). Ids as Marian has them: 0 is </s>, 1 is <unk>, the
@@ -68,9 +66,7 @@ def encode_pairs(
         encoded = tokenizer(rows["source"], text_target=rows["target"], truncation=True, max_length=limit)
         columns = {name: encoded[name] for name in ("input_ids", "attention_mask", "labels")}
         kept = [
-            i
-            for i, (s, t) in enumerate(zip(columns["input_ids"], columns["labels"]))
-            if max(len(s), len(t)) <= longest
+            i for i, (s, t) in enumerate(zip(columns["input_ids"], columns["labels"])) if max(len(s), len(t)) <= longest
         ]
         return {name: [values[i] for i in kept] for name, values in columns.items()}
 
@@ -84,13 +80,9 @@ def encode_pairs(
         )
     dropped = len(dataset) - len(encoded)
     if dropped:
-        logger.warning(
-            "Left out %d of %d pairs: longer than %d tokens (max_length).", dropped, len(dataset), longest
-        )
+        logger.warning("Left out %d of %d pairs: longer than %d tokens (max_length).", dropped, len(dataset), longest)
     if not len(encoded):
-        raise DataError(
-            f"None of {len(dataset)} pairs has at most {longest} tokens on both sides: raise max_length."
-        )
+        raise DataError(f"None of {len(dataset)} pairs has at most {longest} tokens on both sides: raise max_length.")
     return encoded
 
 
@@ -98,11 +90,7 @@ def _ids(model: bytes) -> dict[str, int]:
     """SentencePiece's own ids, and <pad> after them."""
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     ids = {processor.id_to_piece(i): i for i in range(processor.get_piece_size())}
-    if "<pad>" in ids:
-        raise DataError(
-            "The corpus has '<pad>' as a word, which is the name of the padding token: remove it."
-        )
-    return ids | {"<pad>": len(ids)}
+    return ids | {"<pad>": len(ids)}  # never a piece learnt from text: those do not mix letters and signs
 
 
 def _train(train: Dataset, vocabulary: Vocabulary) -> bytes:
@@ -138,7 +126,5 @@ def _impossible(size: int, message: str) -> str:
     if most := re.search(r"set it to a value <= (\d+)", message):
         return f"vocabulary.size {size} is too large for this corpus: at most {int(most[1]) + 1}."
     if least := re.search(r"smaller than required_chars.*? (\d+) vs (\d+)", message, re.DOTALL):
-        return (
-            f"vocabulary.size {size} is too small for this corpus's characters: at least {int(least[2]) + 1}."
-        )
+        return f"vocabulary.size {size} is too small for this corpus's characters: at least {int(least[2]) + 1}."
     return f"vocabulary.size {size} does not fit this corpus: {message}"

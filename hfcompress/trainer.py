@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import (
@@ -15,6 +17,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_utils import TrainOutput
 
 from hfcompress import checkpoint, losses
 from hfcompress.compressor import Compressor
@@ -23,8 +26,13 @@ from hfcompress.optimizer import CompressedOptimizer
 from hfcompress.schema import Compression, Distillation, Rule
 from hfcompress.teacher import check, freeze, logits_of
 
+if TYPE_CHECKING:
+    from transformers import Trainer as _Parent
+else:
+    _Parent = object  # whichever trainer the mix-in is mixed into
 
-class CompressionMixin:
+
+class CompressionMixin(_Parent):
     """Adds `teacher=`, `distillation=` and `compression=` to a transformers trainer; the rest is the parent's.
 
     teacher: a model whose logits have the student's classes. It is frozen and moved to the student's device, neither
@@ -33,7 +41,9 @@ class CompressionMixin:
 
     The loss is soft · T² · KL + hard · cross-entropy (without a teacher: cross-entropy), each a sum over the labels
     ≠ −100 divided by their number in the whole optimizer step, all micro-batches and processes together, so that the
-    gradient depends neither on accumulation nor on the number of processes. Both parts are logged, as `ce` and `kd`.
+    gradient depends neither on accumulation nor on the number of processes. With a teacher both parts are logged, as
+    `ce` and `kd`. With neither teacher nor compression, one process and no accumulation, all is as in the parent; with
+    either, the padding row of a tied embedding is held where it is.
 
     Raises TeacherError, ConfigError.
     """
@@ -51,7 +61,7 @@ class CompressionMixin:
         super().__init__(*args, **kwargs)
         if distillation is not None and teacher is None:
             raise ConfigError("distillation= was given without teacher=")
-        if teacher is not None and self.compute_loss_func is not None:  # type: ignore[has-type]
+        if teacher is not None and self.compute_loss_func is not None:
             raise ConfigError("teacher= and compute_loss_func= cannot both say what the loss is")
         self.model_accepts_loss_kwargs = True  # makes the parent count the labels of the whole step
         self.distillation = distillation or Distillation()
@@ -59,36 +69,51 @@ class CompressionMixin:
         if teacher is not None:
             check(teacher, self.model)
             self.teacher = freeze(teacher).to(self.args.device)
-        _hold_padding_row(self.model)
+        if teacher is not None or compression is not None:
+            hold_padding_row(self.model)
         self.compressor = self._make_compressor(compression)
+        if self.args.n_gpu > 1:
+            raise ConfigError(
+                f"{self.args.n_gpu} GPUs in one process (DataParallel): launch one process a GPU with torchrun"
+            )
+        if type(self.model).__name__.endswith("ForCausalLM"):
+            raise ConfigError(f"{type(self.model).__name__}: decoder-only language models are not what this trains")
         self._parts: dict[str, Tensor] = {}
         self._parts_since = 0
 
     def _make_compressor(self, compression: Compression | Sequence[Rule] | None) -> Compressor | None:
         if compression is None:
             return None
+        if self.model_init is not None:
+            raise ConfigError("compression= holds latents of one model: give model=, not model_init=")
         if self.optimizer is not None and self.lr_scheduler is not None:
             raise ConfigError("compression= needs to wrap the optimizer: give optimizers=(optimizer, None)")
         if self.args.load_best_model_at_end and self.args.save_only_model:
             raise ConfigError("load_best_model_at_end needs the latents, which save_only_model leaves out")
         if not isinstance(compression, Compression):
             compression = Compression(rules=tuple(compression))
-        compressor = Compressor(
-            self.model, compression.rules, rate_weight=compression.rate_weight, seed=self.args.seed
-        )
+        if self.args.world_size > 1:  # DDP gives rank 0's weights to all; the latents must be made of the same
+            for parameter in self.model.parameters():
+                torch.distributed.broadcast(parameter.data, src=0)
+        compressor = Compressor(self.model, compression.rules, rate_weight=compression.rate_weight, seed=self.args.seed)
         self.add_callback(_BestLatents(compressor))
         return compressor
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """The parent's optimizer; with compression, one that steps on the latents."""
         optimizer: Optimizer = super().create_optimizer(model)
-        if self.compressor is not None and not isinstance(optimizer, CompressedOptimizer):
+        inner = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer  # second train()
+        if self.compressor is not None and not isinstance(inner, CompressedOptimizer):
             optimizer = self.optimizer = CompressedOptimizer(optimizer, self.compressor)
         return optimizer
 
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
-    ) -> Tensor:
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """The parent's."""
+        self._parts = {}  # of an earlier call, since its last log line
+        output: TrainOutput = super().train(*args, **kwargs)
+        return output
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """The parent's; the draws of noisy decodes are for it alone, whoever looks afterwards sees hard weights."""
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if self.compressor is not None and self.compressor.noisy:
@@ -110,19 +135,15 @@ class CompressionMixin:
         outputs = model(**forward)
         logits = logits_of(outputs)
         divisor, scale = self._normalisation(model, labels, num_items_in_batch)
-        parts = {
-            "ce": losses.cross_entropy(logits, labels, self.args.label_smoothing_factor) * scale / divisor
-        }
+        parts = {"ce": losses.cross_entropy(logits, labels, self.args.label_smoothing_factor) * scale / divisor}
         loss = parts["ce"]
         if self.teacher is not None and model.training:
-            with torch.no_grad():
+            with torch.no_grad(), self.accelerator.autocast():
                 teacher_logits = logits_of(self.teacher(**forward))
             soft = losses.distillation(logits, teacher_logits, labels, self.distillation.temperature)
             parts["kd"] = soft * scale / divisor
             loss = self.distillation.hard * parts["ce"] + self.distillation.soft * parts["kd"]
-        if model.training:
-            for name, part in parts.items():
-                self._parts[name] = self._parts.get(name, 0.0) + part.detach()
+            self._note(parts)
         if not return_outputs:
             return loss
         # the parent takes predictions from what follows the loss
@@ -137,8 +158,28 @@ class CompressionMixin:
         if "loss" in logs and self._parts and steps > 0:
             for name, part in self._parts.items():
                 logs[name] = self.accelerator.gather(part).mean().item() / steps
-            self._parts, self._parts_since = {}, self.state.global_step
+            self._parts = {}
         super().log(logs, start_time)
+
+    def _note(self, parts: dict[str, Tensor]) -> None:
+        if not self._parts:
+            self._parts_since = self.state.global_step
+        for name, part in parts.items():
+            self._parts[name] = self._parts.get(name, 0.0) + part.detach()
+
+    def restore(self, folder: Path | str) -> None:
+        """Put the weights, and the latents, of a training checkpoint into the model; nothing is trained.
+
+        Raises ResumeError: the checkpoint has no model.safetensors, or no latents where this trainer has compression.
+        """
+        folder = Path(folder)
+        weights = folder / "model.safetensors"
+        if not weights.is_file():
+            raise ResumeError(f"no {weights.name} in {folder}: it is no checkpoint of this trainer")
+        # tied weights are saved once: what the names of a checkpoint leave out is there under another name
+        self.model.load_state_dict(load_file(weights), strict=False)
+        if self.compressor is not None:
+            _load_latents(self.compressor, folder)
 
     def save_compressed(self, folder: Path | str) -> checkpoint.Sizes:
         """Write the compressed file with its config (and tokenizer or image processor) to `folder`; rank 0 only."""
@@ -146,9 +187,7 @@ class CompressionMixin:
             raise ConfigError("this trainer has no compression=; save_model writes its dense weights")
         folder = Path(folder)
         if not self.is_world_process_zero():
-            raise ConfigError(
-                "save_compressed is for the main process: guard it with is_world_process_zero()"
-            )
+            raise ConfigError("save_compressed is for the main process: guard it with is_world_process_zero()")
         sizes = checkpoint.save(self.model, folder, self.compressor)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
@@ -158,10 +197,8 @@ class CompressionMixin:
         """The model must not compute a loss of its own: it would be averaged over the micro-batch."""
         forward = {name: value for name, value in inputs.items() if name != "labels"}
         model = self.accelerator.unwrap_model(self.model)
-        if getattr(model.config, "is_encoder_decoder", False) and "decoder_input_ids" not in forward:
-            forward["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(
-                labels=inputs["labels"]
-            )
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and "decoder_input_ids" not in forward:
+            forward["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=inputs["labels"])
         return forward
 
     def _normalisation(self, model: nn.Module, labels: Tensor, items: Any) -> tuple[Tensor, float]:
@@ -170,13 +207,9 @@ class CompressionMixin:
             return losses.count(labels).clamp(min=1), 1.0
         divisor = torch.as_tensor(items, device=labels.device).clamp(min=1)
         # gradients are averaged over processes, so the sum over all of them is what each has, times their number
-        return divisor, float(
-            self.accelerator.num_processes
-        ) if self.args.average_tokens_across_devices else 1.0
+        return divisor, float(self.accelerator.num_processes) if self.args.average_tokens_across_devices else 1.0
 
-    def _get_num_items_in_batch(
-        self, batch_samples: list[dict[str, Any]], device: torch.device
-    ) -> Tensor | None:
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
         if not batch_samples or "labels" not in batch_samples[0]:
             return None
         total = torch.stack([losses.count(batch["labels"]) for batch in batch_samples]).sum().to(device)
@@ -204,16 +237,20 @@ class _BestLatents(TrainerCallback):
     ) -> None:
         if not args.load_best_model_at_end or state.best_model_checkpoint is None:
             return
-        path = Path(state.best_model_checkpoint) / "optimizer.pt"
-        if not path.is_file():
-            raise ResumeError(
-                f"the best checkpoint has no {path.name} at {path}: its latents are lost, only weights remain"
-            )
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        self.compressor.load_state_dict(saved["compressor"])
+        _load_latents(self.compressor, Path(state.best_model_checkpoint))
 
 
-def _hold_padding_row(model: nn.Module) -> None:
+def _load_latents(compressor: Compressor, checkpoint_folder: Path) -> None:
+    path = checkpoint_folder / "optimizer.pt"
+    if not path.is_file():
+        raise ResumeError(f"{checkpoint_folder} has no {path.name}: its latents are lost, only weights remain")
+    saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if "compressor" not in saved:
+        raise ResumeError(f"{path} was saved without compression: it has no latents")
+    compressor.load_state_dict(saved["compressor"])
+
+
+def hold_padding_row(model: nn.Module) -> None:
     """Keep the padding row of a tied embedding where it is.
 
     Untied, `padding_idx` sees to that; tied, the output projection's gradient moves it off zero, which greedy readers
@@ -224,11 +261,7 @@ def _hold_padding_row(model: nn.Module) -> None:
         names[id(parameter)] = names.get(id(parameter), 0) + 1
     held: set[int] = set()
     for module in model.modules():
-        if (
-            isinstance(module, nn.Embedding)
-            and module.padding_idx is not None
-            and module.weight.requires_grad
-        ):
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None and module.weight.requires_grad:
             key = id(module.weight)
             if names[key] > 1 and key not in held:
                 held.add(key)

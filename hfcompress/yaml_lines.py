@@ -47,7 +47,7 @@ def refuse(faults: Iterable[Fault]) -> None:
 
     Raises ConfigError: all of them, one per line, in the order of the file.
     """
-    lines = [f"{place}: {what}" for place, what in sorted(set(faults))]
+    lines = [f"{place}: {what}".replace("\n", "\\n") for place, what in sorted(set(faults))]
     if lines:
         raise ConfigError("\n".join(lines))
 
@@ -225,17 +225,13 @@ class _Builder:
         result: dict[str, Any] = {}
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode) or key.tag != _TAG + "str":
-                found = (
-                    f"'{key.value}'; put it in quotes" if isinstance(key, yaml.ScalarNode) else "a collection"
-                )
+                found = f"'{key.value}'; put it in quotes" if isinstance(key, yaml.ScalarNode) else "a collection"
                 self._fault(key, f"a key must be text, found {found}")
                 continue
             name = self._scalar(key)
             here = (*address, name)
             if name in result:
-                self._fault(
-                    key, f"key '{name}' is given twice, first at {self.places[here]}; keep one of them"
-                )
+                self._fault(key, f"key '{name}' is given twice, first at {self.places[here]}; keep one of them")
             else:
                 self.places[here] = self._place(key)
                 result[name] = self.build(value, here)

@@ -19,10 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from PIL import Image
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TimmWrapperImageProcessor
 
 from hfcompress.card import write_card
-from hfcompress.card_text import comparisons, markdown_table, plain
+from hfcompress.card_text import comparisons, fenced, markdown_table, plain, sample_table
 from hfcompress.checkpoint import Sizes, save
 from hfcompress.compressor import Compressor
 from hfcompress.errors import HFCompressError
@@ -100,9 +100,7 @@ TRANSLATED = Results(
     rows=(
         Row("teacher", 9_500_000, 38_000_000, 32.0, 7_900_000, {"bleu": bleu(39.8), "chrf": chrf(60.2)}),
         Row("student", 5_563_000, 22_252_000, 32.0, 4_900_000, {"bleu": bleu(38.9), "chrf": chrf(59.7)}),
-        Row(
-            "post_training", 5_563_000, 2_615_600, 3.7614, 4_900_000, {"bleu": bleu(35.2), "chrf": chrf(56.0)}
-        ),
+        Row("post_training", 5_563_000, 2_615_600, 3.7614, 4_900_000, {"bleu": bleu(35.2), "chrf": chrf(56.0)}),
         Row("compressed", 5_563_000, 2_615_300, 3.761, 4_900_000, {"bleu": bleu(38.9), "chrf": chrf(59.5)}),
     ),
     seed=7,
@@ -138,9 +136,7 @@ def translation_card(folder: Path) -> str:
     data = DataFacts({"train": 29_000, "validation": 1_014, "test_2016_flickr": 1_000}, overlap=2, left_out=7)
     recipe = recipe_of(TRANSLATION, folder)
     command = "hfcompress run recipes/multi30k/4bit.yaml"
-    path = write_card(
-        folder, recipe, TRANSLATED, PARTS, SENTENCES, command, recipe_text=TRANSLATION, data=data
-    )
+    path = write_card(folder, recipe, TRANSLATED, PARTS, SENTENCES, command, recipe_text=TRANSLATION, data=data)
     return path.read_text(encoding="utf-8")
 
 
@@ -208,18 +204,8 @@ def test_a_section_without_facts_is_left_out(tmp_path: Path) -> None:
     recipe = recipe_of(IMAGES.replace("bucket: null", "bucket: 16"), tmp_path)
     bare = Results((row,), 0, {}, {}, {})
     text = write_card(tmp_path, recipe, bare, (), (), "hfcompress run x.yaml").read_text(encoding="utf-8")
-    for absent in (
-        "None",
-        "{{",
-        "{%",
-        "png)",
-        "## Size by part",
-        "## Sample",
-        "Versions",
-        "Hardware",
-        "Wall",
-        "Rows",
-    ):
+    absent_words = "None|{{|{%|png)|## Size by part|## Sample|Versions|Hardware|Wall|Rows"
+    for absent in absent_words.split("|"):
         assert absent not in text
     assert "**40 B on disk.**" in text
     assert [r.metric_type for r in ModelCard(text).data.eval_results] == ["size_bytes", "bits_per_weight"]
@@ -230,17 +216,13 @@ points = st.floats(0, 100).map(lambda x: round(x, 2))
 
 
 @given(points, points, st.floats(0, 5), st.floats(0, 5))
-def test_comparisons_say_which_is_better_and_by_how_much(
-    this: float, other: float, a: float, b: float
-) -> None:
+def test_comparisons_say_which_is_better_and_by_how_much(this: float, other: float, a: float, b: float) -> None:
     def row(name: str, value: float, half: float) -> Row:
         return Row(name, 8, 8, 8.0, 0, {"bleu": Score(value, 1, "", (value - half, value + half))})  # type: ignore[arg-type]
 
     mine = row("compressed", this, a)
     (sentence,) = comparisons(Results((row("post_training", other, b), mine), 0, {}, {}, {}), mine)
-    match = re.fullmatch(
-        r"BLEU (?:(\d+\.\d\d) points (above|below)|equal to that of) the same [^;]*(;.*)?\.", sentence
-    )
+    match = re.fullmatch(r"BLEU (?:(\d+\.\d\d) points (above|below)|equal to that of) the same [^;]*(;.*)?\.", sentence)
     assert match
     difference = float(match[1] or 0) * (1 if match[2] == "above" else -1)
     assert difference == pytest.approx(this - other, abs=0.0051)
@@ -258,29 +240,28 @@ def test_comparisons_say_which_is_better_and_by_how_much(
 @settings(max_examples=200)
 @given(st.text(st.characters(exclude_categories=("Cs", "Cc"))))
 def test_text_from_the_data_shows_as_it_is(text: str) -> None:
-    rendered = (
-        MarkdownIt("commonmark").enable("table").parse(markdown_table([["a", "b"], [plain(text), "c"]], "l"))
-    )
+    rendered = MarkdownIt("commonmark").enable("table").parse(markdown_table([["a", "b"], [plain(text), "c"]], "l"))
     cells = [token for token in rendered if token.type == "inline"]
     assert len(cells) == 4 and cells[3].content == "c"
     shown = "".join(child.content for child in cells[2].children or [])
     assert shown == (" ".join(text.split()) or "(empty)")
 
 
-@given(st.text("`~ab\n ", min_size=1).map(str.strip).filter(None))
+@given(st.text("`~ab\n ", min_size=1).map(str.strip).filter(bool))
 def test_no_text_breaks_out_of_its_block(text: str) -> None:
-    from hfcompress.card_text import fenced
-
     (block,) = MarkdownIt("commonmark").parse(fenced(text, "yaml"))
     assert (block.type, block.content) == ("fence", text + "\n")
 
 
 @given(st.permutations(range(50)))
 def test_the_worst_answers_are_shown(order: list[int]) -> None:
-    from hfcompress.card_text import sample_table
-
     table = sample_table([Sample(str(i), "r", "o", float(i)) for i in order])
     assert [row[0] for row in table[1:]] == ["0", "1", "2", "3", "23", "24", "25", "26"]
+
+
+def test_an_endless_answer_is_cut() -> None:
+    table = sample_table([Sample("a", "b", "so on " * 999, 0.0)])
+    assert len(table[1][2]) < 250 and table[1][2].endswith("so on …")
 
 
 # ---------------------------------------------------------------------------------------------- refusals
@@ -294,9 +275,7 @@ def test_parts_that_do_not_make_up_the_file_are_refused(tmp_path: Path) -> None:
 
 def test_results_without_the_compressed_student_are_refused(tmp_path: Path) -> None:
     with pytest.raises(HFCompressError, match="need a row 'compressed', found teacher, student"):
-        write_card(
-            tmp_path, recipe_of(IMAGES, tmp_path), replace(CLASSIFIED, rows=CLASSIFIED.rows[:2]), (), (), "c"
-        )
+        write_card(tmp_path, recipe_of(IMAGES, tmp_path), replace(CLASSIFIED, rows=CLASSIFIED.rows[:2]), (), (), "c")
 
 
 # ---------------------------------------------------------------------------------------------- the snippet
@@ -307,16 +286,12 @@ def publish(model: PreTrainedModel, recipe: Recipe, folder: Path, samples: list[
     rules = (Rule(method=Uniform(bits=4), kinds=(Kind.LINEAR, Kind.EMBEDDING, Kind.CONV)),)
     sizes: Sizes = save(model, folder, Compressor(model, rules))
     row = Row("compressed", parameters(model), sizes.total, sizes.bits_per_weight, 0, {})
-    write_card(
-        folder, recipe, Results((row,), 0, {}, {}, {}), by_kind(sizes), samples, "hfcompress run x.yaml"
-    )
+    write_card(folder, recipe, Results((row,), 0, {}, {}, {}), by_kind(sizes), samples, "hfcompress run x.yaml")
 
 
 def run_snippet(folder: Path) -> str:
     """What the card's snippet prints, in a fresh process and away from the network."""
-    (snippet,) = re.findall(
-        r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL
-    )
+    (snippet,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run(
         [sys.executable, "-c", snippet],
@@ -358,8 +333,6 @@ def test_the_image_snippet_gives_what_the_model_gives(tmp_path: Path) -> None:
     publish(model, recipe, tmp_path, [])
     grey = (torch.rand(40, 40, generator=torch.Generator().manual_seed(0)) * 255).to(torch.uint8)
     Image.fromarray(grey.numpy()).save(tmp_path / "picture.png")
-    from transformers import TimmWrapperImageProcessor
-
     processor = TimmWrapperImageProcessor(model.config.pretrained_cfg, model.config.architecture)
     pixels = processor(Image.open(tmp_path / "picture.png").convert("RGB"))["pixel_values"]
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""Splits from every kind of file, the embedded corpora, the Hub's layout; what is wrong with them is named."""
+"""Splits from every kind of file, the embedded corpora, the Hub's layout; what is wrong in them is named."""
 
 import gzip
 import io
@@ -6,7 +6,10 @@ import json
 import logging
 import os
 import random
+import subprocess
+import sys
 import time
+import warnings
 from pathlib import Path
 
 import PIL.Image
@@ -105,7 +108,7 @@ def test_every_form_gives_the_same_rows(write, tmp_path):
         assert dataset.column_names == ["source", "target"]
         assert list(zip(dataset["source"], dataset["target"])) == rows
     assert overlap(splits) == 1
-    assert splits_in(tmp_path) == ["test", "train", "validation"]
+    assert splits_in(tmp_path, ("de", "en")) == ["test", "train", "validation"]
 
 
 def test_languages_may_be_columns(tmp_path):
@@ -132,6 +135,15 @@ def test_a_folder_may_be_absolute_or_relative_to_the_working_directory(tmp_path,
         assert len(load_translation(translation(folder=folder), root).test) == 2
 
 
+@pytest.mark.parametrize("name", ["a[b]*c", "Ä b", "x?y", "%20", "{x}"])
+def test_a_folder_may_have_any_name(name, tmp_path):
+    for write, split in zip((write_shards, write_parquet, write_text), ROWS):
+        (tmp_path / name).mkdir(exist_ok=True)
+        write(tmp_path / name, split, ROWS[split])
+    splits = load_translation(translation(folder=name), tmp_path)
+    assert list(splits.train["source"]) == [de for de, _ in ROWS["train"]]
+
+
 def test_the_hubs_layout_is_read_by_datasets_itself(tmp_path):
     """`load_dataset` takes a folder where it takes a repository's name."""
     for split, rows in ROWS.items():
@@ -145,7 +157,7 @@ def test_the_hubs_layout_is_read_by_datasets_itself(tmp_path):
 lines = st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\n")), max_size=8)
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(lines, st.booleans())
 def test_lines_end_at_line_feeds_only(tmp_path_factory, texts, zipped):
     assume(not texts or not texts[0].startswith("\ufeff"))
@@ -167,7 +179,7 @@ def test_row_limits_take_the_first_rows(tmp_path):
     assert len(load_translation(translation(train_rows=1000), tmp_path).train) == len(ROWS["train"])
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(st.integers(3, 300), st.sampled_from([0.01, 0.1, 0.34, 0.5]), st.integers(1, 40))
 def test_held_out_rows_partition_train_and_share_no_source(tmp_path_factory, count, fraction, repeats):
     folder = tmp_path_factory.getbasetemp()
@@ -207,10 +219,26 @@ def test_missing_places(tmp_path):
     refused(translation(folder="multi30"), tmp_path, r"No folder .*multi30 \(in .*: multi30k\).*--data-root")
     refused(translation(folder="multi30k"), tmp_path, r"No split 'train' .*Splits found there: none")
     good(tmp_path, "train", "test")
-    refused(
-        translation(), tmp_path, r"No split 'validation' .*validation.de and .*found there: test, train\."
-    )
-    refused(translation(folder=None, hub="nobody/nothing-of-this-name"), None, r"(--data-root|on the Hub)")
+    refused(translation(), tmp_path, r"No split 'validation' .*validation.de and .*found there: test, train\.")
+
+
+def test_without_network_the_remedy_is_data_root():
+    code = """
+from hfcompress.data import load_translation
+from hfcompress.errors import DataError
+from hfcompress.schema import TranslationData
+for folder in (None, "multi30k"):
+    try:
+        load_translation(TranslationData(source="de", target="en", hub="a/b", folder=folder))
+    except DataError as error:
+        print(error)
+"""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    bare, with_folder = done.stdout.splitlines()
+    for told in (bare, with_folder):
+        assert "Dataset 'a/b' cannot be reached on the Hub" in told and "--data-root" in told
+    assert "a copy (named by 'folder' in the recipe)" in bare and "its copy 'multi30k'" in with_folder
 
 
 def test_missing_columns(tmp_path):
@@ -222,9 +250,7 @@ def test_missing_columns(tmp_path):
         r"No 'es' in column 'translation' of split 'train'. Found: de, en, fr",
     )
     refused(translation(column="translations"), tmp_path, r"No 'translations' .*Did you mean 'translation'\?")
-    refused(
-        translation(column=None), tmp_path, r"No 'de' in the columns of split 'train'. Found: translation"
-    )
+    refused(translation(column=None), tmp_path, r"No 'de' in the columns of split 'train'. Found: translation")
 
 
 def test_columns_of_something_else(tmp_path):
@@ -309,9 +335,7 @@ def test_broken_files_are_named(name, content, told, tmp_path):
 
 
 def test_an_embedded_corpus_of_the_other_task():
-    refused(
-        translation(folder=None, embedded="digits"), None, "'digits' is for a recipe's section 'images' only"
-    )
+    refused(translation(folder=None, embedded="digits"), None, "'digits' is for a recipe's section 'images' only")
     refused(images(folder=None, embedded="cldr"), None, "'cldr' is for a recipe's section 'translation' only")
     refused(translation(folder=None, embedded="cldr", test="tests"), None, "Did you mean 'test'")
 
@@ -471,6 +495,22 @@ def test_a_broken_image_is_refused_with_its_row_when_read(broken, tmp_path):
             read()
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from(["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"]), st.data())
+def test_damaged_bytes_are_decoded_or_refused(form, data):
+    content = bytearray(encoded(noise, form))
+    for place in data.draw(st.lists(st.integers(0, 300), max_size=4)):
+        content[place] = data.draw(st.integers(0, 255))
+    content = bytes(content[: data.draw(st.integers(0, len(content)))])
+    rows = Dataset.from_dict({"image": [{"bytes": content, "path": None}], "label": [0]})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PIL's, of metadata
+        try:
+            assert len(with_images(rows.cast_column("image", ImageFeature()), lambda image: image.size)[0]) == 2
+        except DataError as error:
+            assert "The image in row 0 cannot be read" in str(error)
+
+
 def test_a_missing_image_is_refused_with_its_row(tmp_path):
     features = Features({"image": ImageFeature(), "label": Value("int64")})
     rows = [{"image": None if i == 2 else {"bytes": PIXELS[i], "path": None}, "label": 0} for i in range(4)]
@@ -510,9 +550,7 @@ def test_opennmt_demo_has_one_gap_in_train(caplog):
 
 @needs_real
 def test_cifar10_is_lazy():
-    splits = load_images(
-        images(folder="cifar10", image="img", validation=None, validation_fraction=0.1), Path(REAL)
-    )
+    splits = load_images(images(folder="cifar10", image="img", validation=None, validation_fraction=0.1), Path(REAL))
     assert (len(splits.train), len(splits.validation), len(splits.test)) == (45000, 5000, 10000)
     assert label_names(splits)[0] == "airplane"
     start = time.perf_counter()

@@ -158,9 +158,7 @@ def test_readable_bytes_keeps_three_digits(count: int) -> None:
 
 def network() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(1, 16, 3), nn.BatchNorm2d(16), nn.Flatten(), nn.Linear(16, 300), nn.Linear(300, 10)
-    )
+    return nn.Sequential(nn.Conv2d(1, 16, 3), nn.BatchNorm2d(16), nn.Flatten(), nn.Linear(16, 300), nn.Linear(300, 10))
 
 
 def test_parts_of_a_real_file_add_up_to_it(tmp_path: Path) -> None:
@@ -191,9 +189,7 @@ tensors = st.builds(
 )
 
 
-@given(
-    st.lists(tensors, min_size=1).map(tuple), st.integers(0, 99), st.integers(0, 99), st.integers(0, 10**7)
-)
+@given(st.lists(tensors, min_size=1).map(tuple), st.integers(0, 99), st.integers(0, 99), st.integers(0, 10**7))
 def test_parts_always_add_up(found: tuple[PartSize, ...], tables: int, header: int, stream: int) -> None:
     total = tables + header + stream + sum(t.arrays for t in found)
     parts = by_kind(Sizes(found, tables, 0, header, total))
@@ -282,9 +278,7 @@ def curve(parts: bool, *, scale: float = 1.0) -> list[dict[str, float]]:
 def test_each_stage_and_each_part_of_the_loss_is_drawn(tmp_path: Path) -> None:
     plain, full = tmp_path / "plain.png", tmp_path / "full.png"
     assert report.plot_training({"teacher": curve(False)}, plain)
-    assert report.plot_training(
-        {"teacher": curve(False), "student": curve(True), "compressed": curve(True)}, full
-    )
+    assert report.plot_training({"teacher": curve(False), "student": curve(True), "compressed": curve(True)}, full)
     assert Image.open(full).size[1] > 1.5 * Image.open(plain).size[1]  # four panels, not two
     found = pixels(full)
     assert all(found[colour].sum() > 50 for colour in ("#555555", "#0072B2", "#D55E00"))

@@ -131,9 +131,7 @@ SCALARS = (
     | st.sampled_from(["no", "on", "1e5", "012", "0o7", "12:30", "~", "", ".inf", "<<", "=", "2024-01-31", "a: b"])
     | st.text("- #:'\"\n\t[{&*!|>%@`,?~.", max_size=8)
 )
-TREES = st.recursive(
-    SCALARS, lambda items: st.lists(items, max_size=3) | st.dictionaries(st.text(), items, max_size=3)
-)
+TREES = st.recursive(SCALARS, lambda items: st.lists(items, max_size=3) | st.dictionaries(st.text(), items, max_size=3))
 
 
 @given(TREES)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hfcompress.reparameterization import Description, Latents, Reparameterization, Slot
+from hfcompress.reparameterization import Description, Latents, Reparameterization, Slot, array_in
 from hfcompress.rounding import cast_through
 
 _DTYPES = {"float16": torch.float16, "float32": torch.float32}
@@ -17,8 +17,8 @@ _DTYPES = {"float16": torch.float16, "float32": torch.float32}
 class Dense(Reparameterization):
     """Store the weight as `dtype`; the gradient passes straight through the cast.
 
-    Rate: 16 or 32 bits a weight. A float32 weight outside float16's range decodes to infinity there and is refused
-    by `describe`'s caller as not finite.
+    Rate: 16 or 32 bits a weight. A float32 weight outside float16's range decodes to infinity there, which the
+    compressor and the file refuse.
     """
 
     dtype: Literal["float16", "float32"] = "float16"
@@ -32,12 +32,12 @@ class Dense(Reparameterization):
         return cast_through(latents["weight"], _DTYPES[self.dtype])
 
     def rate(self, latents: Latents, slot: Slot) -> Tensor:
-        return latents["weight"].new_tensor(float(slot.numel * _DTYPES[self.dtype].itemsize * 8))
+        bits = slot.numel * _DTYPES[self.dtype].itemsize * 8
+        return latents["weight"].new_tensor(bits, dtype=torch.float32)
 
     def describe(self, latents: Latents, slot: Slot) -> Description:
         return {"weight": latents["weight"].detach().to(_DTYPES[self.dtype]).cpu().numpy()}
 
     def restore(self, description: Description, slot: Slot) -> Latents:
-        weight = description["weight"]
-        assert isinstance(weight, np.ndarray)
+        weight = array_in(description, "weight", slot.numel, self.dtype)
         return {"weight": torch.from_numpy(weight.astype(np.float32)).reshape(slot.shape)}

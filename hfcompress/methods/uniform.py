@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from hfcompress.coding import Symbols
-from hfcompress.errors import ConfigError
-from hfcompress.reparameterization import Description, Latents, Reparameterization, Slot
+from hfcompress.errors import ConfigError, FormatError
+from hfcompress.reparameterization import Description, Latents, Reparameterization, Slot, array_in, symbols_in
 from hfcompress.rounding import from_buckets, replace_through, stochastic_round, to_buckets
 
 _SCALES = {"float16": torch.float16, "float32": torch.float32}
@@ -31,6 +31,7 @@ class Uniform(Reparameterization):
 
     Rate: bits · n + 2 scales a bucket, in bits; the entropy coder only takes away from it. `stochastic`: in training
     decodes a weight goes up with the probability of its fraction (unbiased); hard decodes always round to nearest.
+    `scales`: the format of low and step; float16 reaches from 6e-8 to 65,504.
 
     Raises ConfigError: bits outside 1 … 8, bucket < 1.
     """
@@ -46,9 +47,7 @@ class Uniform(Reparameterization):
         if not 1 <= self.bits <= 8:
             raise ConfigError(f"uniform: bits must be 1 to 8, found {self.bits}")
         if self.bucket is not None and self.bucket < 1:
-            raise ConfigError(
-                f"uniform: bucket must be at least 1, or null for the whole tensor, found {self.bucket}"
-            )
+            raise ConfigError(f"uniform: bucket must be at least 1, or null for the whole tensor, found {self.bucket}")
 
     @property
     def noisy(self) -> bool:
@@ -67,9 +66,9 @@ class Uniform(Reparameterization):
         return replace_through(weight, decoded)
 
     def rate(self, latents: Latents, slot: Slot) -> Tensor:
-        buckets = -(-slot.numel // (self.bucket or max(slot.numel, 1)))
         scale_bits = 2 * 8 * _SCALES[self.scales].itemsize
-        return latents["weight"].new_tensor(float(self.bits * slot.numel + scale_bits * buckets))
+        bits = self.bits * slot.numel + scale_bits * self._buckets(slot)
+        return latents["weight"].new_tensor(bits, dtype=torch.float32)
 
     def describe(self, latents: Latents, slot: Slot) -> Description:
         codes, low, step = self._quantize(latents["weight"].detach(), None)
@@ -83,12 +82,15 @@ class Uniform(Reparameterization):
 
     def restore(self, description: Description, slot: Slot) -> Latents:
         """Codes and scales themselves: quantizing the decoded weight a second time need not give the same codes."""
-        codes, low, step = description["codes"], description["low"], description["step"]
-        assert isinstance(codes, Symbols) and isinstance(low, np.ndarray) and isinstance(step, np.ndarray)
-        if codes.values.size != slot.numel:
-            raise ValueError(f"{codes.values.size} codes for {slot.numel} weights")
+        codes = symbols_in(description, "codes", slot.numel, 0, 2**self.bits - 1)
+        low, step = (array_in(description, name, self._buckets(slot), self.scales) for name in ("low", "step"))
+        if (step < 0).any():
+            raise FormatError("'step' holds negative numbers")
         lows, steps = (torch.from_numpy(s.astype(np.float32)).unsqueeze(1) for s in (low, step))
-        return {"codes": to_buckets(torch.from_numpy(codes.values), self.bucket), "low": lows, "step": steps}
+        return {"codes": to_buckets(torch.tensor(codes), self.bucket), "low": lows, "step": steps}
+
+    def _buckets(self, slot: Slot) -> int:
+        return -(-slot.numel // (self.bucket or max(slot.numel, 1)))
 
     def _quantize(self, weight: Tensor, draw: int | None) -> tuple[Tensor, Tensor, Tensor]:
         """Codes [buckets, bucket] as float32, low [buckets, 1], step [buckets, 1] as float32."""
@@ -100,10 +102,10 @@ class Uniform(Reparameterization):
             return rows, empty, empty
         low, high = torch.aminmax(rows, dim=1, keepdim=True)
         low = low.to(scale).float()
-        step = ((high - low) / top).to(scale).float()
-        position = (rows - low) / torch.where(step > 0, step, torch.ones_like(step))
+        step = ((high - low) / top).clamp(min=0).to(scale).float()  # low may have been rounded to above high
+        position = (rows - low) / torch.where(step > 0, step, torch.inf)
         rounded = position.round() if draw is None else stochastic_round(position, draw)
-        return rounded.clamp_(0, top), low, step
+        return rounded.clamp_(0, top).abs_(), low, step  # abs: a code −0 would decode to −0, from the file to 0
 
     def _dequantize(self, codes: Tensor, low: Tensor, step: Tensor, slot: Slot) -> Tensor:
         # two kernels on purpose: a fused multiply-add would round once instead of twice, and differ between machines

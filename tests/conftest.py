@@ -1,0 +1,121 @@
+"""What every test file shares: no network, one thread, and small models of every family we promise to read."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    BartConfig,
+    M2M100Config,
+    MarianConfig,
+    MT5Config,
+    PegasusConfig,
+    PreTrainedModel,
+    T5Config,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+    set_seed,
+)
+
+from hfcompress import cifar
+
+torch.set_num_threads(1)
+settings.register_profile("hfcompress", deadline=None, derandomize=True)
+settings.load_profile("hfcompress")
+
+_TOKENS = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+_HALVES = {
+    side: 2 for side in ("encoder_layers", "decoder_layers", "encoder_attention_heads", "decoder_attention_heads")
+}
+_HALVES |= {
+    "encoder_ffn_dim": 24,
+    "decoder_ffn_dim": 24,
+    "d_model": 16,
+    "vocab_size": 60,
+    "max_position_embeddings": 40,
+}
+_T5 = {"vocab_size": 60, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, **_TOKENS}
+TRANSLATORS = {
+    "marian": lambda: MarianConfig(**_HALVES, **_TOKENS, forced_eos_token_id=1),
+    "bart": lambda: BartConfig(**_HALVES, **_TOKENS, bos_token_id=2, forced_eos_token_id=1),
+    "m2m_100": lambda: M2M100Config(**_HALVES, **_TOKENS, bos_token_id=2),
+    "pegasus": lambda: PegasusConfig(**_HALVES, **_TOKENS, forced_eos_token_id=1),
+    "t5": lambda: T5Config(**_T5),
+    "mt5": lambda: MT5Config(**_T5, tie_word_embeddings=False),
+}
+CLASSIFIERS = ("test_resnet", "test_vit", "cifar_resnet20")
+MODELS = (*TRANSLATORS, *CLASSIFIERS)
+
+
+def make_model(name: str) -> PreTrainedModel:
+    """A small model of that family, randomly initialised, batch-norm statistics included, in eval mode."""
+    set_seed(7)
+    if name in TRANSLATORS:
+        model = AutoModelForSeq2SeqLM.from_config(TRANSLATORS[name]())
+        model.generation_config.max_length = 12
+        return model.eval()
+    cifar.register()
+    size = [3, 32, 32] if name == "cifar_resnet20" else [3, 64, 64]
+    arguments = {"img_size": 64} if name == "test_vit" else {}
+    config = TimmWrapperConfig(
+        architecture=name,
+        model_args=arguments or None,
+        pretrained_cfg={"input_size": size, "mean": [0.5] * 3, "std": [0.5] * 3},
+        num_labels=7,
+    )
+    model = TimmWrapperForImageClassification(config)
+    for buffer_name, buffer in model.named_buffers():
+        if buffer_name.endswith(("running_mean", "running_var")):
+            buffer.copy_(torch.rand(buffer.shape) + 0.5)
+    return model.eval()
+
+
+def make_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Two inputs of the model's kind."""
+    generator = torch.Generator().manual_seed(3)
+    if model.config.is_encoder_decoder:
+        draw = [torch.randint(3, 60, (2, 6), generator=generator) for _ in range(2)]
+        return {"input_ids": draw[0], "decoder_input_ids": draw[1]}
+    return {"pixel_values": torch.randn(2, *model.config.pretrained_cfg["input_size"], generator=generator)}
+
+
+@pytest.fixture
+def run_python() -> Callable[..., str]:
+    """Runs Python code in a fresh process (`fails`: it must) and gives its standard output (`fails`: error).
+
+    The process finds the tests' own modules.
+    """
+
+    here = Path(__file__).parent
+    paths = [here, here.parent, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+
+    def run(code: str, *arguments: object, fails: bool = False, **environment: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", code, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), **environment},
+        )
+        assert (done.returncode != 0) == fails, done.stderr
+        return done.stderr if fails else done.stdout
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """The folder of real datasets that HFCOMPRESS_DATA names."""
+    folder = os.environ.get("HFCOMPRESS_DATA")
+    if not folder:
+        pytest.skip("HFCOMPRESS_DATA does not name the folder of datasets")
+    return Path(folder)
