@@ -5,8 +5,6 @@ Exit codes: 0 done, 2 the user's input is wrong, 3 a compressed file is corrupt,
 
 import json
 import os
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Optional
@@ -66,7 +64,6 @@ def run(
         resume=resume,
         overwrite=overwrite,
         reuse_from=reuse,
-        command=shlex.join(["hfcompress", *sys.argv[1:]]),
         console=Console(),
     )
 

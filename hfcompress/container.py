@@ -204,7 +204,10 @@ class Reader:
         return self.tables[self.parts[part][2]]
 
     def _bytes(self, name: str) -> bytes:
-        return self.arrays[name].tobytes() if name in self.arrays else b""
+        array = self.arrays.get(name, np.zeros(0, dtype=np.uint8))
+        if array.dtype != np.uint8:
+            raise FormatError(f"'{name}' holds {array.dtype} instead of bytes")
+        return array.tobytes()
 
     def _array(self, dtype: str) -> NDArray[Any]:
         return self.arrays.get(dtype, np.zeros(0, dtype=_STORED_AS.get(dtype, dtype)))

@@ -79,6 +79,11 @@ def load_images(data: ImageData, data_root: Path | None = None) -> Splits:
     return Splits(*_hold_out(train, data, range(len(train))), test)
 
 
+def is_local(data: Source, data_root: Path | None) -> bool:
+    """Whether the rows are read from a folder: where one is named, and either `data_root` is given or no Hub id."""
+    return data.folder is not None and (data_root is not None or data.hub is None)
+
+
 def label_names(splits: Splits) -> list[str]:
     """Names of the classes, in the order of their labels."""
     return list(splits.train.features["label"].names)
@@ -127,7 +132,8 @@ def _reader(data: TranslationData | ImageData, data_root: Path | None) -> Callab
             raise DataError(f"The embedded corpus {data.embedded!r} is for a recipe's section {task!r} only.")
         splits = corpora.cldr(*languages) if languages else corpora.digits()
         return lambda split: _named(splits, split, f"the embedded corpus {data.embedded!r}")
-    if data.folder is not None and (data_root is not None or data.hub is None):
+    if is_local(data, data_root):
+        assert data.folder is not None
         folder = Path(data_root or ".") / data.folder
         return lambda split: read_split(folder, split, languages)
     return lambda split: read_hub(data, split)

@@ -18,9 +18,9 @@ def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Ten
     """
     flat = logits.float().reshape(-1, logits.shape[-1])
     if labels.is_floating_point():
-        return F.cross_entropy(flat, labels.reshape(flat.shape), reduction="sum", label_smoothing=smoothing)
-    target = labels.reshape(-1)
-    return F.cross_entropy(flat, target, ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing)
+        target = labels.float().reshape(flat.shape)  # smoothing in bfloat16 would be off by a percent
+        return F.cross_entropy(flat, target, reduction="sum", label_smoothing=smoothing)
+    return F.cross_entropy(flat, labels.reshape(-1), ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing)
 
 
 def distillation(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:

@@ -65,10 +65,10 @@ class CompressedOptimizer(Optimizer):
         """Raises ConfigError: the state is of other slots, or of an optimizer without compression."""
         if "compressor" not in state_dict:
             raise ConfigError("the optimizer's state was saved without compression and cannot be resumed with it")
+        self.compressor.load_state_dict(state_dict["compressor"])
+        self.base.load_state_dict(state_dict["base"])
         for group, saved in zip(self.param_groups, state_dict["param_groups"]):
             group.update(saved)
-        self.base.load_state_dict(state_dict["base"])
-        self.compressor.load_state_dict(state_dict["compressor"])
 
 
 def _move_to_latents(base: Optimizer, compressor: Compressor) -> list[int]:

@@ -6,6 +6,7 @@ teacher ──▶ student ──▶ post_training          stages/…: each trai
 """
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from hfcompress.files import write_atomically
 from hfcompress.loading import load as load_model
 from hfcompress.networks import parameters
 from hfcompress.progress import quiet_libraries
-from hfcompress.recipe import dump, load
+from hfcompress.recipe import SHIPPED, dump, load
 from hfcompress.results import DataFacts, Results, Row, Sample, Score, by_kind
 from hfcompress.schema import Network, Recipe
 from hfcompress.stages import MARKER, Stage, fingerprint, finished, reuse, train
@@ -53,7 +54,7 @@ class Run:
         resume: bool = False,
         overwrite: bool = False,
         reuse_from: Path | None = None,
-        command: str = "",
+        command: str = "hfcompress run",
         console: Console | None = None,
     ) -> None:
         self.recipe, self.output, self.data_root = recipe, output, data_root
@@ -190,7 +191,12 @@ class Run:
         if done.returncode:
             raise HFCompressError(f"scoring failed (exit code {done.returncode}); what it said stands above")
         scored = json.loads(path.read_text(encoding="utf-8"))
-        rows = tuple(_row(name, stage, scored[str(stage.folder)]["scores"]) for name, stage in stages.items())
+        # the yardstick of every student is the full-precision one: weights on a grid would gzip better
+        yardsticks = {name: int8_gzip_bytes(_load(stages[name])) for name in ("teacher", "student")}
+        rows = tuple(
+            _row(name, stage, yardsticks.get(name, yardsticks["student"]), scored[str(stage.folder)]["scores"])
+            for name, stage in stages.items()
+        )
         seconds = {name: round(stage.seconds, 1) for name, stage in stages.items()}
         results = Results(rows, self.recipe.seed, report.versions(), report.hardware(), seconds)
         samples = [Sample(**s) for s in scored[str(stages["compressed"].folder)]["samples"]]
@@ -207,6 +213,7 @@ class Run:
         assert teacher is not None and compressed is not None
         yardsticks = {"teacher": teacher.bytes, "this student in int8 + gzip": compressed.int8_gzip_bytes}
         report.plot_sizes(parts, folder / "sizes.png", yardsticks)
+        results.save(self.output / RESULTS)
         write_card(
             folder,
             self.recipe,
@@ -217,32 +224,42 @@ class Run:
             recipe_text=dump(self.recipe),
             data=facts,
         )
-        results.save(self.output / RESULTS)
 
     def _say(self, text: str) -> None:
         if self.main:
             self.console.print(text, highlight=False)
 
 
-def run_file(path: Path, output: Path | None, overrides: Sequence[str] = (), **options: Any) -> list[Results]:
+def run_file(
+    path: Path, output: Path | None, overrides: Sequence[str] = (), data_root: Path | None = None, **options: Any
+) -> list[Results]:
     """Run every recipe of a file: one into `output` itself, several into folders of it by their names."""
     quiet_libraries()
     recipes = load(path, overrides)
     base = output or Path("runs") / path.stem
     folders = [base if len(recipes) == 1 else base / recipe.name for recipe in recipes]
+    options = {**options, "data_root": data_root, "command": _command(path, overrides, data_root)}
     runs = [Run(recipe, folder, **options) for recipe, folder in zip(recipes, folders)]
     return [run.run() for run in runs]
+
+
+def _command(path: Path, overrides: Sequence[str], data_root: Path | None) -> str:
+    """What reproduces a run, for its card: no folder of this machine is named."""
+    shipped = path.resolve().is_relative_to(SHIPPED)
+    name = Path("recipes") / path.resolve().relative_to(SHIPPED) if shipped else Path(path.name)
+    root = ["--data-root", "FOLDER"] if data_root else []
+    return shlex.join(["hfcompress", "run", name.as_posix(), *overrides, *root])
 
 
 def _load(stage: Stage) -> PreTrainedModel:
     return load_model(stage.folder)
 
 
-def _row(name: str, stage: Stage, scores: dict[str, Any]) -> Row:
+def _row(name: str, stage: Stage, int8_gzip: int, scores: dict[str, Any]) -> Row:
     model, size = _load(stage), weight_bytes(stage.folder)
     count = parameters(model)
     found = {metric: Score(**{**s, "interval": tuple(s["interval"])}) for metric, s in scores.items()}
-    return Row(name, count, size, 8 * size / count, int8_gzip_bytes(model), found)  # type: ignore[arg-type]
+    return Row(name, count, size, 8 * size / count, int8_gzip, found)  # type: ignore[arg-type]
 
 
 def _rules(recipe: Recipe) -> list[Any]:

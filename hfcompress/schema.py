@@ -39,7 +39,9 @@ class Source:
 
     embedded: Literal["digits", "cldr"] | None = None
     hub: str | None = None
+    config: str | None = None  # of a Hub dataset that has several
     revision: str | None = None
+    hub_splits: dict[str, str] = field(default_factory=dict)  # split as named below → its name on the Hub
     folder: str | None = None
     train: str = "train"
     validation: str | None = "validation"

@@ -56,7 +56,7 @@ def read_split(folder: Path, split: str, languages: tuple[str, ...] = ()) -> Dat
 def read_hub(data: Source, split: str) -> Dataset:
     """All columns of one split of the Hub's `data.hub`. Raises DataError where it cannot be loaded."""
     try:
-        return _load(data.hub, revision=data.revision, split=split)
+        return _load(data.hub, data.config, revision=data.revision, split=data.hub_splits.get(split, split))
     except ConnectionError as error:
         copy = f"its copy {data.folder!r}" if data.folder else "a copy (named by 'folder' in the recipe)"
         raise DataError(
@@ -196,11 +196,11 @@ def _read_parquet(files: list[Path]) -> Dataset:
         raise DataError(f"{files[0]}{' ...' * (len(files) > 1)} cannot be read as parquet: {cause}") from error
 
 
-def _load(path: str | None, **arguments: Any) -> Dataset:
+def _load(path: str | None, config: str | None = None, **arguments: Any) -> Dataset:
     """`load_dataset` of one split, without progress bars; a split of no rows is one, not an error."""
     try:
         with no_progress_bars():
-            return load_dataset(path, **arguments)
+            return load_dataset(path, config, **arguments)
     except ValueError as error:
         if "corresponds to no data" in str(error):
             return Dataset.from_dict({})

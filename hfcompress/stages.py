@@ -65,7 +65,8 @@ def reuse(name: str, source: Path, folder: Path, wanted: str) -> Stage | None:
     if not path.is_file() or json.loads(path.read_text(encoding="utf-8"))["fingerprint"] != wanted:
         return None
     if PartialState().is_main_process:
-        shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("checkpoints"))
+        shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("checkpoints", MARKER))
+        write_atomically(folder / MARKER, path.read_bytes())  # last: it says that the rest is there
     PartialState().wait_for_everyone()
     return finished(name, folder, wanted)
 
@@ -97,7 +98,7 @@ def train(
     trainer: Any = task.trainer(
         model=model,
         args=arguments,
-        callbacks=[_Epochs(), commits, TrainingProgress(name)],
+        callbacks=[TellEpochs(), commits, TrainingProgress(name)],
         **task.trainer_arguments(model),
         **trainer_arguments,
     )
@@ -153,7 +154,7 @@ def _with_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-class _Epochs(TrainerCallback):
+class TellEpochs(TrainerCallback):
     """Tells augmenting datasets the epoch; the Trainer itself does not when it resumes inside one."""
 
     def on_epoch_begin(

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from hfcompress import losses
-from hfcompress.data import Splits, label_names, load_images, load_translation, overlap, with_images
+from hfcompress.data import Splits, is_local, label_names, load_images, load_translation, overlap, with_images
 from hfcompress.evaluate import Progress, pixels, score_images, score_translation
 from hfcompress.networks import classifier, tokenizer_of, translator
 from hfcompress.results import DataFacts, Sample, Score
@@ -65,14 +65,15 @@ class Translation(Task):
     arguments = Seq2SeqTrainingArguments
 
     def __init__(self, recipe: Recipe, data: TranslationData, data_root: Path | None) -> None:
-        self.recipe, self.data = recipe, data
+        self.recipe, self.data, self.data_root = recipe, data, data_root
         self.splits = load_translation(data, data_root)
 
     def prepare(self, folder: Path) -> DataFacts:
         self.tokenizer = self._tokenizer(folder)
         self.train = encode_pairs(self.splits.train, self.tokenizer, self.data, truncate=False)
         self.validation = encode_pairs(self.splits.validation, self.tokenizer, self.data, truncate=True)
-        return DataFacts(_rows(self.splits), overlap(self.splits), len(self.splits.train) - len(self.train))
+        left_out = len(self.splits.train) - len(self.train)
+        return DataFacts(_rows(self.splits), overlap(self.splits), left_out, is_local(self.data, self.data_root))
 
     def _tokenizer(self, folder: Path) -> PreTrainedTokenizerBase:
         teacher = self.recipe.teacher
@@ -114,7 +115,7 @@ class Images(Task):
         self.splits = load_images(data, data_root)
 
     def prepare(self, folder: Path) -> DataFacts:
-        return DataFacts(_rows(self.splits))
+        return DataFacts(_rows(self.splits), local=is_local(self.data, self.data_root))
 
     def build(self, network: Network, teacher: PreTrainedModel | None) -> PreTrainedModel:
         return classifier(network, self.data, label_names(self.splits), self.data_root, self.recipe.seed)

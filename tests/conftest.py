@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
+from torch import nn
 from transformers import (
     AutoModelForSeq2SeqLM,
     BartConfig,
@@ -28,6 +29,10 @@ from transformers import (
 )
 
 from hfcompress import cifar
+from hfcompress.compressor import Compressor
+from hfcompress.methods import Dense, Uniform
+from hfcompress.reparameterization import Kind
+from hfcompress.schema import Rule
 
 torch.set_num_threads(1)
 settings.register_profile("hfcompress", deadline=None, derandomize=True)
@@ -58,26 +63,35 @@ MODELS = (*TRANSLATORS, *CLASSIFIERS)
 
 
 def make_model(name: str) -> PreTrainedModel:
-    """A small model of that family, randomly initialised, batch-norm statistics included, in eval mode."""
+    """A small model of that family with random weights and batch-norm statistics, in eval mode."""
     set_seed(7)
     if name in TRANSLATORS:
         model = AutoModelForSeq2SeqLM.from_config(TRANSLATORS[name]())
         model.generation_config.max_length = 12
-        return model.eval()
-    cifar.register()
-    size = [3, 32, 32] if name == "cifar_resnet20" else [3, 64, 64]
-    arguments = {"img_size": 64} if name == "test_vit" else {}
-    config = TimmWrapperConfig(
-        architecture=name,
-        model_args=arguments or None,
-        pretrained_cfg={"input_size": size, "mean": [0.5] * 3, "std": [0.5] * 3},
-        num_labels=7,
-    )
-    model = TimmWrapperForImageClassification(config)
-    for buffer_name, buffer in model.named_buffers():
-        if buffer_name.endswith(("running_mean", "running_var")):
-            buffer.copy_(torch.rand(buffer.shape) + 0.5)
+    else:
+        cifar.register()
+        size = 32 if name == "cifar_resnet20" else 64
+        config = TimmWrapperConfig(
+            architecture=name,
+            model_args={"img_size": size} if name == "test_vit" else None,
+            pretrained_cfg={"input_size": [3, size, size], "mean": [0.5] * 3, "std": [0.5] * 3},
+            num_labels=7,
+        )
+        model = TimmWrapperForImageClassification(config)
+    fixed = set(model._keys_to_ignore_on_save or ())
+    with torch.no_grad():
+        for tensor_name, tensor in model.state_dict().items():
+            if tensor_name not in fixed and tensor.is_floating_point():
+                tensor.add_(0.1 * torch.rand(tensor.shape))
     return model.eval()
+
+
+def compress(model: nn.Module) -> Compressor:
+    """Four-bit matrices, sixteen-bit biases where there are any; norms and whatever else there is as they are."""
+    rules = [Rule(method=Uniform(bits=4, bucket=64), kinds=(Kind.LINEAR, Kind.EMBEDDING, Kind.CONV))]
+    if any(name.endswith("bias") for name, _ in model.named_parameters()):
+        rules.append(Rule(method=Dense("float16"), kinds=(Kind.BIAS,)))
+    return Compressor(model, rules)
 
 
 def make_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -89,22 +103,21 @@ def make_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return {"pixel_values": torch.randn(2, *model.config.pretrained_cfg["input_size"], generator=generator)}
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_python() -> Callable[..., str]:
     """Runs Python code in a fresh process (`fails`: it must) and gives its standard output (`fails`: error).
 
     The process finds the tests' own modules.
     """
 
-    here = Path(__file__).parent
-    paths = [here, here.parent, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    paths = filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")])
 
     def run(code: str, *arguments: object, fails: bool = False, **environment: str) -> str:
         done = subprocess.run(
             [sys.executable, "-c", code, *map(str, arguments)],
             capture_output=True,
             text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), **environment},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), **environment},
         )
         assert (done.returncode != 0) == fails, done.stderr
         return done.stderr if fails else done.stdout

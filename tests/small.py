@@ -1,7 +1,11 @@
 """Tiny networks and small real data for the tests that train: territories' names in two languages, digits."""
 
+import os
+import signal
+import time
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
+from pathlib import Path
 
 import torch
 from babel import Locale
@@ -18,11 +22,16 @@ from transformers import (
     TimmWrapperForImageClassification,
     TrainerCallback,
     TrainingArguments,
+    default_data_collator,
     set_seed,
 )
 
 from hfcompress import Compression, Rule, Uniform, cifar
 from hfcompress.reparameterization import Kind
+from hfcompress.results import DataFacts
+from hfcompress.schema import Augmentation
+from hfcompress.stages import Stage, train
+from hfcompress.tasks import AugmentedImages, Task
 from hfcompress.trainer import CompressionTrainer, Seq2SeqCompressionTrainer
 
 WEIGHTS = (Kind.EMBEDDING, Kind.LINEAR, Kind.CONV)
@@ -188,6 +197,63 @@ def image_trainer(folder, model=None, trainer=CompressionTrainer, given=None, **
         args=arguments(folder, **settings),
         **{"train_dataset": digits()[:64], "eval_dataset": digits()[64:96], **(given or {})},
     )
+
+
+class Digits(Task):
+    """96 digits, cropped and mirrored: six steps of 16 an epoch on one process.
+
+    pause: seconds that a step takes longer. interrupt_at: the step in which a SIGINT comes to this process.
+    """
+
+    arguments = TrainingArguments
+
+    def __init__(self, pause: float = 0.0, interrupt_at: int | None = None) -> None:
+        self.trainer = partial(EventfulTrainer, pause, interrupt_at)
+
+    def prepare(self, folder: Path) -> DataFacts:
+        return DataFacts({})
+
+    def build(self, network, teacher):
+        return resnet()
+
+    def trainer_arguments(self, model):
+        return {
+            "train_dataset": AugmentedImages(digits()[:96], Augmentation(crop_padding=2, flip=True), seed=0),
+            "eval_dataset": digits()[96:112],
+            "data_collator": default_data_collator,
+            "compute_metrics": accuracy,
+        }
+
+    def save_processing(self, folder: Path) -> None:
+        pass
+
+    def score(self, model, progress):
+        raise NotImplementedError
+
+
+class EventfulTrainer(CompressionTrainer):
+    def __init__(self, pause, interrupt_at, **given):
+        super().__init__(**given)
+        self.pause, self.interrupt_at = pause, interrupt_at
+
+    def training_step(self, *given, **more):
+        if self.state.global_step + 1 == self.interrupt_at:
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(self.pause)
+        return super().training_step(*given, **more)
+
+
+def accuracy(prediction) -> dict[str, float]:
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+
+def train_stage(folder: Path, wanted: str = "as it was", task: Digits | None = None, **settings) -> Stage:
+    """A student of 2 bits, rounded stochastically, taught by another network: trained and saved in `folder`."""
+    torch.set_num_threads(1)
+    task = task or Digits()
+    given = {"per_device_train_batch_size": 16, "use_cpu": True, "learning_rate": 1e-2, **settings}
+    taught = {"teacher": resnet(seed=1), "compression": rules(2, stochastic=True)}
+    return train("small", folder, wanted, task, resnet(), given, lambda t: t.save_compressed(folder), **taught)
 
 
 class Seen(TrainerCallback):

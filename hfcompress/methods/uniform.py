@@ -103,10 +103,11 @@ class Uniform(Reparameterization):
         low, high = torch.aminmax(rows, dim=1, keepdim=True)
         low = low.to(scale).float()
         step = ((high - low) / top).clamp(min=0).to(scale).float()  # low may have been rounded to above high
-        position = (rows - low) / torch.where(step > 0, step, torch.inf)
-        rounded = position.round() if draw is None else stochastic_round(position, draw)
+        position = (rows - low).div_(torch.where(step > 0, step, torch.inf))
+        rounded = position.round_() if draw is None else stochastic_round(position, draw)
         return rounded.clamp_(0, top).abs_(), low, step  # abs: a code −0 would decode to −0, from the file to 0
 
     def _dequantize(self, codes: Tensor, low: Tensor, step: Tensor, slot: Slot) -> Tensor:
+        """Overwrites `codes`, float32 [buckets, bucket]: this runs every step, and fresh memory is the slow part."""
         # two kernels on purpose: a fused multiply-add would round once instead of twice, and differ between machines
-        return from_buckets(codes * step + low, slot.shape)
+        return from_buckets(codes.mul_(step).add_(low), slot.shape)

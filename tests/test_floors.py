@@ -1,0 +1,58 @@
+"""The house has floors: a file imports only from floors below its own. And no room is too large."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import hfcompress
+
+ROOT = Path(hfcompress.__file__).parent
+FLOORS = """
+errors rounding losses files plugin progress cifar
+coding sealed
+reparameterization
+methods.dense methods.uniform
+methods
+compressor container schema
+optimizer checkpoint
+teacher students sources corpora yaml_lines
+networks data tokenizer results recipe_checks
+evaluate recipe quantizer
+trainer resume loading inspection
+card_text report tasks
+card stages scoring
+run
+cli
+__main__ __init__
+"""
+FLOOR = {name: floor for floor, line in enumerate(FLOORS.splitlines()) for name in line.split()}
+FILES = {
+    path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__"): path
+    for path in ROOT.rglob("*.py")
+}
+
+
+def imports(path: Path) -> set[str]:
+    """The package's own modules that a file names in import statements, those inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module is not None:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return {name.removeprefix("hfcompress.") for name in found if name.startswith("hfcompress.")} & FILES.keys()
+
+
+def test_every_file_has_its_floor() -> None:
+    assert sorted(FLOOR) == sorted(FILES)
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_a_file_imports_only_from_floors_below(name: str) -> None:
+    assert {other for other in imports(FILES[name]) if FLOOR[other] >= FLOOR[name]} == set()
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_a_file_is_short(name: str) -> None:
+    assert len(FILES[name].read_text(encoding="utf-8").splitlines()) < 300
