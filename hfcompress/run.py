@@ -231,15 +231,30 @@ class Run:
 
 
 def run_file(
-    path: Path, output: Path | None, overrides: Sequence[str] = (), data_root: Path | None = None, **options: Any
+    path: Path,
+    output: Path | None,
+    overrides: Sequence[str] = (),
+    data_root: Path | None = None,
+    reuse_from: Path | None = None,
+    **options: Any,
 ) -> list[Results]:
     """Run every recipe of a file: one into `output` itself, several into folders of it by their names."""
     quiet_libraries()
     recipes = load(path, overrides)
-    base = output or Path("runs") / path.stem
-    folders = [base if len(recipes) == 1 else base / recipe.name for recipe in recipes]
+
+    def place(base: Path, recipe: Recipe) -> Path:
+        return base if len(recipes) == 1 else base / recipe.name
+
     options = {**options, "data_root": data_root, "command": _command(path, overrides, data_root)}
-    runs = [Run(recipe, folder, **options) for recipe, folder in zip(recipes, folders)]
+    runs = [
+        Run(
+            recipe,
+            place(output or Path("runs") / path.stem, recipe),
+            reuse_from=place(reuse_from, recipe) if reuse_from else None,
+            **options,
+        )
+        for recipe in recipes
+    ]
     return [run.run() for run in runs]
 
 
