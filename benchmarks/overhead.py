@@ -1,9 +1,9 @@
-"""What compression costs while training: step time, generate() time, memory; and how near the file is to its limit.
+"""What compression costs while training: step time, generate() time, memory; and how near its limit the file is.
 
     python benchmarks/overhead.py [--rounds 30]
 
-Ratios of medians from interleaved runs in one process (memory: one process each). The machine should be quiet. The plain
-side is transformers' own trainer, untouched.
+Ratios of medians from interleaved runs in one process (memory: one process each). The machine should be quiet. The
+plain side is transformers' own trainer, untouched.
 """
 
 import argparse
@@ -48,6 +48,10 @@ EVERY_WEIGHT = [
     Rule(method=Uniform(bits=4, bucket=256), kinds=(Kind.LINEAR, Kind.EMBEDDING, Kind.CONV)),
     Rule(method=Dense()),
 ]
+
+
+def row(*cells: str) -> None:
+    print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def marian(d: int = 256, layers: int = 3, vocabulary: int = 8000) -> MarianMTModel:
@@ -145,10 +149,8 @@ def step_time(name: str, rounds: int) -> None:
         "teacher": teach,
     }
     found = interleaved(sides, rounds)
-    ratio = found["4 bit"] / found["plain"]
-    print(
-        f"| step, {name} | {ratio:.3f} × plain | ≤ 1.05 | a teacher of the same size adds {found['teacher'] / found['plain']:.2f} × |"
-    )
+    ratio, taught = found["4 bit"] / found["plain"], found["teacher"] / found["plain"]
+    row(f"step, {name}", f"{ratio:.3f} × plain", "≤ 1.05", f"a teacher of the same size adds {taught:.2f} ×")
 
 
 def generate_time(rounds: int) -> None:
@@ -166,8 +168,8 @@ def generate_time(rounds: int) -> None:
         return run
 
     found = interleaved({"plain": generate(plain), "in training": generate(trainer.model)}, rounds)
-    print(
-        f"| generate(), 20 tokens, model in training | {found['in training'] / found['plain']:.3f} × plain | ≤ 1.01 | |"
+    row(
+        "generate(), 20 tokens, model in training", f"{found['in training'] / found['plain']:.3f} × plain", "≤ 1.01", ""
     )
 
 
@@ -178,9 +180,8 @@ def memory() -> None:
         peaks[side] = json.loads(done.stdout.splitlines()[-1])
     weights = peaks["plain"]["weights"]
     copies = (peaks["4 bit"]["peak"] - peaks["plain"]["peak"]) / weights
-    print(
-        f"| peak memory, Marian {weights / 4e6:.0f} M | + {copies:.2f} copies of the weights | ≤ 2 | {peaks['plain']['peak'] / 1e6:.0f} MB plain |"
-    )
+    note = f"{peaks['plain']['peak'] / 1e6:.0f} MB plain"
+    row(f"peak memory, Marian {weights / 4e6:.0f} M", f"+ {copies:.2f} copies of the weights", "≤ 2", note)
 
 
 def peak(side: str) -> None:
@@ -211,9 +212,8 @@ def file_size() -> None:
         reader = checkpoint.read(folder)
         limit += sum(t.arrays for t in checkpoint.sizes(reader).tensors if t.method == "as it is")
         note = f"{total:,} bytes; entropies, scales and unclaimed arrays are {limit:,.0f}"
-        print(
-            f"| file, 4 bit, bucket 256, {name} | limit · {total / limit:.5f}, {total - limit:+,.0f} bytes | ≤ · 1.001 + 4096 | {note} |"
-        )
+        measured = f"limit · {total / limit:.5f}, {total - limit:+,.0f} bytes"
+        row(f"file, 4 bit, bucket 256, {name}", measured, "limit · 1.001 + 4096", note)
 
 
 def main() -> None:
@@ -225,7 +225,8 @@ def main() -> None:
     if options.peak:
         peak(options.peak)
         return
-    print("| what | measured | bound | |\n|---|---|---|---|")
+    row("what", "measured", "bound", "")
+    row("---", "---", "---", "---")
     step_time("Marian 256, 3+3, 64 × 24 tokens", options.rounds)
     step_time("ResNet-20, batch 128", options.rounds)
     generate_time(options.rounds)

@@ -7,21 +7,44 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
-import click
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from typer.core import TyperGroup
 
 from hfcompress.errors import HFCompressError
 
+_INTERRUPTED = "interrupted: the same 'hfcompress run' with --resume goes on from what was committed before"
+
+
+class _Commands(TyperGroup):
+    """Turns the package's errors into one message without a traceback, and into the exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        errors = Console(stderr=True, soft_wrap=True)
+        try:
+            return super().invoke(ctx)
+        except HFCompressError as error:
+            if os.environ.get("HFCOMPRESS_DEBUG"):
+                raise
+            errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
+            raise typer.Exit(error.exit_code) from error
+        except KeyboardInterrupt as error:
+            errors.print(_INTERRUPTED, highlight=False)
+            raise typer.Exit(130) from error
+
+
 app = typer.Typer(
+    cls=_Commands,
     name="hfcompress",
     help="Compress small translation and image models while they train.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # what is wrong with a command line is then one line too
 )
 recipes_app = typer.Typer(help="Recipes that come with the package.", invoke_without_command=True)
 app.add_typer(recipes_app, name="recipes")
@@ -52,7 +75,7 @@ def run(
         typer.Option(help="Another run's folder: take over its stages made with the same settings."),
     ] = None,
 ) -> None:
-    """Train a teacher, distil it into a compressed student, score the file, write results and model card."""
+    """Train a teacher and a compressed student. Its file is scored; results and model card are written."""
     from hfcompress.recipe import find
     from hfcompress.run import run_file
 
@@ -64,7 +87,7 @@ def run(
         resume=resume,
         overwrite=overwrite,
         reuse_from=reuse,
-        console=Console(),
+        console=_console(),
     )
 
 
@@ -76,12 +99,11 @@ def evaluate(
     data_root: DataRoot = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write scores and outputs here.")] = None,
 ) -> None:
-    """Score models on a recipe's test split, as plain transformers loads them."""
+    """Score models on a recipe's test split. They are loaded as plain transformers loads them."""
     from hfcompress.recipe import find, load
     from hfcompress.scoring import score_all
 
-    console = Console()
-    scored = score_all(models, load(find(recipe)), name, data_root, Console(stderr=True))
+    scored = score_all(models, load(find(recipe)), name, data_root, _console(stderr=True))
     if json_path is not None:
         json_path.parent.mkdir(parents=True, exist_ok=True)
         json_path.write_text(json.dumps(scored, ensure_ascii=False, indent=1), encoding="utf-8")
@@ -90,16 +112,18 @@ def evaluate(
     for model, found in scored.items():
         for metric, s in found["scores"].items():
             low, high = s["interval"]
-            table.add_row(model, metric, f"{s['value']:.2f}", f"{low:.2f} – {high:.2f}", str(s["n"]), s["signature"])
-    console.print(table)
+            table.add_row(
+                escape(model), metric, f"{s['value']:.2f}", f"{low:.2f} – {high:.2f}", str(s["n"]), s["signature"]
+            )
+    _console().print(table)
 
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A compressed file, or a folder that holds one.")],
+    path: Annotated[Path, typer.Argument(exists=True, help="A compressed file, or a folder that holds one.")],
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
-    """Show every tensor of a compressed file: shape, method, bits per weight, bytes; and what lies around them."""
+    """Show where a compressed file's bytes go. For every tensor: shape, method, bits per weight, bytes, share."""
     from hfcompress.checkpoint import read, sizes
     from hfcompress.inspection import print_sizes, record
 
@@ -107,7 +131,7 @@ def inspect(
     if as_json:
         print(json.dumps(record(found), indent=1))
     else:
-        print_sizes(found, Console())
+        print_sizes(found, _console())
 
 
 @recipes_app.callback()
@@ -119,8 +143,8 @@ def recipes(context: typer.Context) -> None:
 
     table = Table("recipe", "what it is")
     for entry in available():
-        table.add_row(entry.name, entry.description)
-    Console().print(table)
+        table.add_row(escape(entry.name), escape(entry.description))
+    _console().print(table)
 
 
 @recipes_app.command()
@@ -132,25 +156,17 @@ def show(recipe: RecipeArgument) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code; errors of the package are one message without a traceback."""
-    errors = Console(stderr=True, soft_wrap=True)
+    """Run the command and return its exit code."""
     try:
-        code = app(args=list(arguments) if arguments is not None else None, standalone_mode=False)
-    except HFCompressError as error:
-        if os.environ.get("HFCOMPRESS_DEBUG"):
-            raise
-        errors.print(f"[bold red]error:[/] {_escaped(str(error))}", highlight=False)
-        return error.exit_code
-    except click.ClickException as error:
-        error.show()
-        return 2
-    except (KeyboardInterrupt, click.Abort):
-        errors.print("interrupted; what was committed before is kept: the same command with --resume goes on")
-        return 130
-    return code if isinstance(code, int) else 0
+        app(args=list(arguments) if arguments is not None else None)
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
 
 
-def _escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
+def _console(stderr: bool = False) -> Console:
+    """Wide where there is no terminal: a file of its output then holds whole names."""
+    console = Console(stderr=stderr)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = 200
+    return console

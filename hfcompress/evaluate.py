@@ -11,7 +11,6 @@ from PIL.Image import Image
 from sacrebleu.metrics import BLEU, CHRF
 from torch import Tensor, nn
 from transformers import (
-    AutoImageProcessor,
     AutoModelForImageClassification,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
@@ -22,6 +21,7 @@ from hfcompress import cifar
 from hfcompress.checkpoint import FILE_NAME
 from hfcompress.data import with_images
 from hfcompress.errors import DataError
+from hfcompress.networks import check_classifier, from_pretrained
 from hfcompress.results import Sample, Score, wilson
 from hfcompress.schema import Evaluation
 
@@ -34,10 +34,11 @@ def score_translation(
 ) -> tuple[dict[str, Score], list[Sample]]:
     """BLEU and chrF of sacrebleu with bootstrap intervals, and every hypothesis with its own chrF.
 
-    `test` has columns source and target. Sentences are decoded in batches of like length, longest first.
+    `test` has columns source and target. Sentences are decoded in batches of like length, longest first. Raises
+    DataError: nothing there that can be loaded; FormatError: a compressed file that is damaged or of another model.
     """
-    network = AutoModelForSeq2SeqLM.from_pretrained(model).eval().to(_device())
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    network = from_pretrained(AutoModelForSeq2SeqLM, model).eval().to(_device())
+    tokenizer = from_pretrained(AutoTokenizer, model)
     sources, references = list(test["source"]), list(test["target"])
     hypotheses = [""] * len(sources)
     order = sorted(range(len(sources)), key=lambda i: -len(sources[i]))
@@ -80,15 +81,14 @@ def score_images(
 ) -> tuple[dict[str, Score], list[Sample]]:
     """Top-1 accuracy in percent with Wilson's interval, and every row with the probability of its right label.
 
-    `test` has columns image and label. Raises DataError: the model's labels are not the test split's.
+    `test` has columns image and label. Raises DataError: nothing there that can be loaded, or the model's labels are
+    not the test split's; FormatError: a compressed file that is damaged or of another model.
     """
     cifar.register()
-    network = AutoModelForImageClassification.from_pretrained(model).eval().to(_device())
-    processor = AutoImageProcessor.from_pretrained(model)
+    network = from_pretrained(AutoModelForImageClassification, model).eval().to(_device())
     names = test.features["label"].names
-    known = [network.config.id2label[i] for i in range(network.config.num_labels)]
-    if known != names and len(known) != len(names):
-        raise DataError(f"{model} knows {len(known)} labels, the test split has {len(names)}")
+    check_classifier(model, network, names)
+    processor = TimmWrapperImageProcessor(network.config.pretrained_cfg, network.config.architecture)
     rows = with_images(test, pixels(processor))
     right: list[float] = []
     samples = []

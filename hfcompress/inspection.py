@@ -3,6 +3,7 @@
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from hfcompress.checkpoint import Sizes
@@ -28,14 +29,17 @@ def record(sizes: Sizes) -> dict[str, Any]:
 
 def print_sizes(sizes: Sizes, console: Console) -> None:
     """One line a tensor, then what lies around them; the lines add up to the file."""
-    table = Table("tensor", "shape", "kind", "method", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("tensor", overflow="fold")
+    for heading in ("shape", "kind", "method"):
+        table.add_column(heading)
     for heading in ("bits/weight", "bytes", "share"):
         table.add_column(heading, justify="right")
     for t in sizes.tensors:
         size = t.codes / 8 + t.arrays
         shape = "×".join(map(str, t.shape)) or "scalar"
         share = f"{100 * size / sizes.total:.1f} %"
-        table.add_row(t.name, shape, t.kind, t.method, f"{t.bits_per_weight:.3f}", f"{size:,.0f}", share)
+        table.add_row(escape(t.name), shape, t.kind, t.method, f"{t.bits_per_weight:.3f}", f"{size:,.0f}", share)
     for name, size in (("frequency tables", sizes.tables), ("index", sizes.index), ("header", sizes.header)):
         table.add_row(name, "", "", "", "", f"{size:,}", f"{100 * size / sizes.total:.1f} %", style="dim")
     total = f"{sizes.total:,}"

@@ -5,6 +5,7 @@ from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForImageClassification,
@@ -36,7 +37,8 @@ def translator(
     if network.timm is not None:
         raise ConfigError("a translation recipe cannot have a 'timm' network: give marian, pretrained or from_teacher")
     if network.pretrained is not None:
-        return _pretrained(AutoModelForSeq2SeqLM, network)
+        model: PreTrainedModel = from_pretrained(AutoModelForSeq2SeqLM, network.pretrained, network.revision)
+        return model
     if network.from_teacher is not None:
         if teacher is None:
             raise ConfigError("'from_teacher' needs a teacher")
@@ -50,7 +52,11 @@ def classifier(
     """An image classifier over `labels`, inside transformers' TimmWrapper. Raises ConfigError, DataError."""
     set_seed(seed)
     if network.pretrained is not None:
-        return _pretrained(AutoModelForImageClassification, network)
+        pretrained: PreTrainedModel = from_pretrained(
+            AutoModelForImageClassification, network.pretrained, network.revision
+        )
+        check_classifier(network.pretrained, pretrained, labels)
+        return pretrained
     if network.timm is None:
         raise ConfigError("an image recipe's network is 'timm' or 'pretrained'")
     cifar.register()
@@ -84,15 +90,30 @@ def tokenizer_of(network: Network) -> str:
     return network.pretrained
 
 
-def _pretrained(auto: Any, network: Network) -> PreTrainedModel:
+def from_pretrained(auto: Any, name: str, revision: str | None = None) -> Any:
+    """What `auto`, a class of transformers, makes of a folder or Hub id. Raises DataError: nothing it can load."""
     try:
-        model: PreTrainedModel = auto.from_pretrained(network.pretrained, revision=network.revision or "main")
-    except (OSError, ValueError) as error:
-        message = str(error).strip().splitlines()[0]
+        return auto.from_pretrained(name, revision=revision or "main")
+    except (OSError, ValueError, SafetensorError) as error:
+        message = str(error).strip().partition("\n")[0].rstrip(".")
+        here = "a folder" if Path(name).is_dir() else "no folder here"
         raise DataError(
-            f"cannot load '{network.pretrained}': {message}. Give a Hub id (and be online) or a local folder"
+            f"cannot load '{name}' ({here}) by {auto.__name__}: {message}. "
+            "Give a local folder, or a Hub id and be online"
         ) from error
-    return model
+
+
+def check_classifier(name: str, model: PreTrainedModel, labels: list[str]) -> None:
+    """Raises DataError unless `model` is one of timm's with as many labels, and the same ones in the same order."""
+    config = model.config
+    if config.model_type != "timm_wrapper":
+        raise DataError(f"{name} is a {type(model).__name__}; image recipes are for models of timm (TimmWrapper)")
+    known = [config.id2label[i] for i in range(config.num_labels)]
+    if len(known) != len(labels):
+        raise DataError(f"{name} knows {len(known)} labels, the data has {len(labels)}")
+    if known != labels and sorted(known) == sorted(labels):
+        ours, theirs = next((a, b) for a, b in zip(labels, known) if a != b)
+        raise DataError(f"{name} orders its labels otherwise than the data: {theirs!r} where the data has {ours!r}")
 
 
 def _marian_config(fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int) -> MarianConfig:

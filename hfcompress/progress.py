@@ -1,5 +1,6 @@
 """A rich progress bar for the Trainer, and plain lines where there is no terminal."""
 
+import logging
 from typing import Any
 
 from datasets import disable_progress_bars as disable_datasets_bars
@@ -19,21 +20,31 @@ _SHOWN = ("loss", "ce", "kd", "eval_loss", "eval_accuracy", "eval_bleu")
 
 
 def bar(console: Console) -> Progress:
-    """The bar that every long step of a run shows."""
-    columns = (TextColumn("[bold]{task.description:<16}"), BarColumn(), MofNCompleteColumn())
+    """The bar that every long step of a run shows; nothing where there is no terminal."""
+    columns = (TextColumn("{task.description:<16}", style="bold", markup=False), BarColumn(), MofNCompleteColumn())
     return Progress(
         *columns,
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
         console=console,
+        disable=not console.is_terminal,
     )
 
 
 def quiet_libraries() -> None:
-    """One bar is enough: transformers' and datasets' own are switched off."""
+    """One bar is enough: transformers' and datasets' own are switched off, and what is said of tied weights too."""
     disable_transformers_bars()
     disable_datasets_bars()
+    logging.getLogger("transformers.trainer").addFilter(_not_of_tied_weights)
+
+
+def _not_of_tied_weights(record: logging.LogRecord) -> bool:
+    """A checkpoint holds a tied weight once; the Trainer calls its other names missing when it goes back to the best.
+
+    Nothing else can be missing: a checkpoint counts with its manifest only.
+    """
+    return not record.getMessage().startswith("There were missing keys in the checkpoint model loaded")
 
 
 class TrainingProgress(TrainerCallback):
@@ -73,7 +84,8 @@ class TrainingProgress(TrainerCallback):
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.bar is None and state.is_world_process_zero:
             note = "  ".join(f"{k} {v:.4g}" for k, v in self.latest.items())
-            self.console.print(f"{self.name}: step {state.global_step}/{state.max_steps}  {note}", highlight=False)
+            line = f"{self.name}: step {state.global_step}/{state.max_steps}  {note}"
+            self.console.print(line, highlight=False, soft_wrap=True)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

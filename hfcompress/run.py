@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from rich.console import Console
 from transformers import PreTrainedModel
@@ -22,19 +23,19 @@ from transformers import PreTrainedModel
 from hfcompress import checkpoint, report
 from hfcompress.card import write_card
 from hfcompress.compressor import Compressor
-from hfcompress.errors import ConfigError, HFCompressError
+from hfcompress.errors import HFCompressError
 from hfcompress.evaluate import int8_gzip_bytes, weight_bytes
 from hfcompress.files import write_atomically
 from hfcompress.loading import load as load_model
 from hfcompress.networks import parameters
+from hfcompress.output import RECIPE, RESULTS, STAGES, Output
 from hfcompress.progress import quiet_libraries
 from hfcompress.recipe import SHIPPED, dump, load
 from hfcompress.results import DataFacts, Results, Row, Sample, Score, by_kind
 from hfcompress.schema import Network, Recipe
-from hfcompress.stages import MARKER, Stage, fingerprint, finished, reuse, train
+from hfcompress.stages import MARKER, Stage, fingerprint, finished, reuse, train, training_arguments
 from hfcompress.tasks import Task, data_settings, task_of
-
-RESULTS, RECIPE = "results.json", "recipe.yaml"
+from hfcompress.teacher import check
 
 
 class Run:
@@ -42,7 +43,8 @@ class Run:
 
     resume: go on with what is there; overwrite: delete it first; with neither, a folder that holds a run is refused.
     reuse_from: another run's folder, whose stages are taken over where they were made with the same settings.
-    Raises ConfigError, DataError, TeacherError, ResumeError, Interrupted.
+    Nothing in the output folder is touched before the data has been read. Raises ConfigError, DataError, TeacherError,
+    ResumeError, Interrupted.
     """
 
     def __init__(
@@ -60,41 +62,47 @@ class Run:
         self.recipe, self.output, self.data_root = recipe, output, data_root
         self.reuse_from, self.command = reuse_from, command
         self.console = console or Console()
-        self.main = PartialState().is_main_process
-        self._claim_output(resume, overwrite)
+        # said outright: without a GPU it would take each of several processes for the only one
+        cpu = recipe.training.get("use_cpu", not torch.accelerator.is_available())
+        self.main = PartialState(cpu=cpu).is_main_process
+        self.folder = Output(output, resume=resume, overwrite=overwrite, reuse_from=reuse_from)
 
     def run(self) -> Results:
         """All stages, scores, results.json, pictures and the card; prints the table."""
-        self._say(f"[bold]{self.recipe.name}[/]: {self.recipe.description}".rstrip(": "))
+        self._say(f"{self.recipe.name}: {self.recipe.description}".rstrip(": "), style="bold")
         task = task_of(self.recipe, self.data_root)
-        with PartialState().main_process_first():
-            facts = task.prepare(self.output / "stages" / "vocabulary")
+        self.folder.claim(dump(self.recipe))
+        facts = self._begin(task)
         stages = self._stages(task)
         PartialState().wait_for_everyone()
         if not self.main:
             return Results((), self.recipe.seed, {}, {}, {})
+        self.folder.keep(dump(self.recipe))  # resumed, it may score or describe otherwise than before
         results, samples = self._score(stages)
         self._publish(results, samples, stages, facts)
         report.print_table(results, self.console)
         self._say(f"the compressed student, its card and its pictures are in {self.output / 'student'}")
         return results
 
-    def _claim_output(self, resume: bool, overwrite: bool) -> None:
-        if resume and overwrite:
-            raise ConfigError("--resume and --overwrite contradict each other: give one")
-        held = self.output.is_dir() and any(self.output.iterdir())
-        if held and not resume and not overwrite:
-            raise ConfigError(
-                f"{self.output} already holds a run: go on with --resume, replace it with --overwrite, "
-                "or name another folder with --output"
-            )
-        if held and overwrite and not any((self.output / n).exists() for n in ("stages", RECIPE, RESULTS)):
-            raise ConfigError(f"{self.output} holds other files than a run's; --overwrite would delete them all")
-        if self.main:
-            if held and overwrite:
-                shutil.rmtree(self.output)
-            write_atomically(self.output / RECIPE, dump(self.recipe).encode())
-        PartialState().wait_for_everyone()
+    def _begin(self, task: Task) -> DataFacts:
+        """Vocabulary and tensors; then whether networks, rules and settings are possible, before any is trained."""
+        try:
+            with PartialState().main_process_first():
+                facts = task.prepare(self.output / STAGES / "vocabulary")
+            self._rehearse(task)
+        except HFCompressError:
+            self.folder.give_back()
+            raise
+        return facts
+
+    def _rehearse(self, task: Task) -> None:
+        recipe, done = self.recipe, self.output / STAGES / "teacher"
+        for name, network in (("teacher", recipe.teacher), ("student", recipe.student), ("compressed", self._twin())):
+            training_arguments(name, task, self.output, self._settings(network))
+        teacher = load_model(done) if (done / MARKER).is_file() else task.build(recipe.teacher, None)
+        student = task.build(recipe.student, teacher)
+        check(teacher, student)
+        Compressor(student, recipe.compression.rules, rate_weight=recipe.compression.rate_weight)
 
     def _stages(self, task: Task) -> dict[str, Stage]:
         recipe = self.recipe
@@ -112,14 +120,18 @@ class Run:
         wanted = fingerprint(student.fingerprint, _rules(recipe))
         post = self._post_training(task, wanted, student)
         wanted = fingerprint(student.fingerprint, _rules(recipe), asdict(recipe.compression, dict_factory=_plain))
-        network = Network(**{**vars(recipe.student), "training": self._compressed_training()})
         begin = (lambda: _load(student)) if recipe.compression.warm_start else start
         extra = {**distilled, "compression": recipe.compression}
-        compressed = self._stage("compressed", task, wanted, network, begin, extra, teacher)
+        compressed = self._stage("compressed", task, wanted, self._twin(), begin, extra, teacher)
         return {"teacher": teacher, "student": student, "post_training": post, "compressed": compressed}
 
-    def _compressed_training(self) -> dict[str, Any]:
-        return {**(self.recipe.student.training or {}), **(self.recipe.compression.training or {})}
+    def _twin(self) -> Network:
+        """The student as it is trained compressed."""
+        training = {**(self.recipe.student.training or {}), **(self.recipe.compression.training or {})}
+        return Network(**{**vars(self.recipe.student), "training": training})
+
+    def _settings(self, network: Network) -> dict[str, Any]:
+        return {**self.recipe.training, **(network.training or {}), "seed": self.recipe.seed}
 
     def _stage(
         self,
@@ -131,10 +143,10 @@ class Run:
         extra: dict[str, Any],
         teacher: Stage | None = None,
     ) -> Stage:
-        folder = self.output / "stages" / name
+        folder = self.output / STAGES / name
         found = finished(name, folder, wanted)
         if found is None and self.reuse_from is not None:
-            found = reuse(name, self.reuse_from / "stages" / name, folder, wanted)
+            found = reuse(name, self.reuse_from / STAGES / name, folder, wanted)
         if found is not None:
             self._say(f"{name}: done before")
             return found
@@ -151,9 +163,8 @@ class Run:
             return self._as_it_is(name, folder, wanted, model, task)
         if teacher is not None:
             extra = {**extra, "teacher": _load(teacher)}
-        settings = {**self.recipe.training, **(network.training or {}), "seed": self.recipe.seed}
         self._say(f"{name}: training {parameters(model):,} parameters")
-        return train(name, folder, wanted, task, model, settings, save, **extra)
+        return train(name, folder, wanted, task, model, self._settings(network), save, **extra)
 
     def _as_it_is(self, name: str, folder: Path, wanted: str, model: PreTrainedModel, task: Task) -> Stage:
         if self.main:
@@ -163,7 +174,7 @@ class Run:
 
     def _post_training(self, task: Task, wanted: str, student: Stage) -> Stage:
         """The trained full-precision student, compressed as it is: the baseline."""
-        folder = self.output / "stages" / "post_training"
+        folder = self.output / STAGES / "post_training"
         found = finished("post_training", folder, wanted)
         if found is not None:
             return found
@@ -182,7 +193,7 @@ class Run:
 
     def _score(self, stages: dict[str, Stage]) -> tuple[Results, list[Sample]]:
         """Every stage's folder, scored by a fresh process that has only the files."""
-        path = self.output / "stages" / "scores.json"
+        path = self.output / STAGES / "scores.json"
         folders = [str(stage.folder) for stage in stages.values()]
         options = ["--recipe", str(self.output / RECIPE), "--json", str(path)]
         root = ["--data-root", str(self.data_root)] if self.data_root else []
@@ -225,9 +236,9 @@ class Run:
             data=facts,
         )
 
-    def _say(self, text: str) -> None:
+    def _say(self, text: str, style: str | None = None) -> None:
         if self.main:
-            self.console.print(text, highlight=False)
+            self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def run_file(

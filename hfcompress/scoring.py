@@ -39,8 +39,11 @@ def score_all(
                 shown.update(line, completed=done, total=total)
 
             scores, samples = task.score(model, progress)
-            main = next(iter(scores.values()))
-            shown.update(line, note=f"{next(iter(scores))} {main.value:.2f}")
+            metric, main = next(iter(scores.items()))
+            note = f"{metric} {main.value:.2f}"
+            shown.update(line, note=note)
+            if not console.is_terminal:
+                console.print(f"{Path(model).name}: {note}", markup=False, highlight=False)
             scored[model] = {
                 "scores": {metric: asdict(score) for metric, score in scores.items()},
                 "samples": [asdict(sample) for sample in samples],

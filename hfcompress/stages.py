@@ -90,14 +90,9 @@ def train(
     _check_settings(checkpoints, name, wanted)
     resume_from = newest(checkpoints)
     commits = CommitCheckpoints(seconds_before=seconds_of(resume_from) if resume_from else 0.0)
-    try:
-        arguments = task.arguments(output_dir=str(checkpoints), **_with_defaults(settings))
-    except ValueError as error:
-        raise ConfigError(f"stage '{name}': transformers refuses these training settings: {error}") from error
-    # transformers' type for TrainingArguments fields is wider than mypy can follow
     trainer: Any = task.trainer(
         model=model,
-        args=arguments,
+        args=training_arguments(name, task, checkpoints, settings),
         callbacks=[TellEpochs(), commits, TrainingProgress(name)],
         **task.trainer_arguments(model),
         **trainer_arguments,
@@ -113,6 +108,14 @@ def train(
             shutil.rmtree(checkpoints, ignore_errors=True)
         trainer.accelerator.wait_for_everyone()
     return Stage(name, folder, wanted, seconds, trainer.state.log_history)
+
+
+def training_arguments(name: str, task: Task, folder: Path, settings: Mapping[str, Any]) -> TrainingArguments:
+    """The trainer's arguments for a stage. Raises ConfigError: settings that transformers refuses."""
+    try:
+        return task.arguments(output_dir=str(folder), **_with_defaults(settings))
+    except ValueError as error:
+        raise ConfigError(f"stage '{name}': transformers refuses these training settings: {error}") from error
 
 
 def _train(trainer: Any, resume_from: Path | None) -> None:

@@ -22,7 +22,7 @@ from transformers import (
 from hfcompress import losses
 from hfcompress.data import Splits, is_local, label_names, load_images, load_translation, overlap, with_images
 from hfcompress.evaluate import Progress, pixels, score_images, score_translation
-from hfcompress.networks import classifier, tokenizer_of, translator
+from hfcompress.networks import classifier, from_pretrained, tokenizer_of, translator
 from hfcompress.results import DataFacts, Sample, Score
 from hfcompress.schema import Augmentation, ImageData, Network, Recipe, TranslationData
 from hfcompress.teacher import check_vocabularies
@@ -78,14 +78,14 @@ class Translation(Task):
     def _tokenizer(self, folder: Path) -> PreTrainedTokenizerBase:
         teacher = self.recipe.teacher
         if self.recipe.vocabulary is None:
-            return AutoTokenizer.from_pretrained(tokenizer_of(teacher), revision=teacher.revision or "main")
+            return from_pretrained(AutoTokenizer, tokenizer_of(teacher), teacher.revision)
         if not (folder / "vocab.json").is_file():
             train_tokenizer(self.splits.train, self.data, self.recipe.vocabulary, folder)
         return AutoTokenizer.from_pretrained(folder)
 
     def build(self, network: Network, teacher: PreTrainedModel | None) -> PreTrainedModel:
         if network.pretrained is not None and network is not self.recipe.teacher:
-            own = AutoTokenizer.from_pretrained(network.pretrained, revision=network.revision or "main")
+            own = from_pretrained(AutoTokenizer, network.pretrained, network.revision)
             check_vocabularies(self.tokenizer, own)
         return translator(network, self.tokenizer, self.data.max_length, self.recipe.seed, teacher)
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hfcompress.errors import TeacherError
 
@@ -31,7 +31,7 @@ def check(teacher: nn.Module, student: nn.Module) -> None:
         kinds = ["an encoder-decoder" if c.is_encoder_decoder else "no encoder-decoder" for c in (theirs, ours)]
         raise TeacherError(f"the teacher is {kinds[0]}, the student is {kinds[1]}")
     if theirs.is_encoder_decoder:
-        _same({k: getattr(theirs, k, None) for k in _SEQ2SEQ}, {k: getattr(ours, k, None) for k in _SEQ2SEQ})
+        _same(_vocabulary(theirs), _vocabulary(ours))
         return
     if theirs.num_labels != ours.num_labels:
         raise TeacherError(f"the teacher has {theirs.num_labels} labels, the student {ours.num_labels}")
@@ -58,6 +58,11 @@ def logits_of(outputs: Any) -> Tensor:
     logits = outputs if isinstance(outputs, Tensor) else outputs["logits"]
     assert isinstance(logits, Tensor)
     return logits
+
+
+def _vocabulary(config: PretrainedConfig) -> dict[str, Any]:
+    apart = getattr(config, "decoder_vocab_size", None)  # Marian's, where the two sides share no embeddings
+    return {**{k: getattr(config, k, None) for k in _SEQ2SEQ}, "decoder_vocab_size": apart or config.vocab_size}
 
 
 def _same(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> None:

@@ -110,7 +110,7 @@ def run_python() -> Callable[..., str]:
     The process finds the tests' own modules.
     """
 
-    paths = filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")])
+    paths = [path for path in (str(Path(__file__).parent), os.environ.get("PYTHONPATH")) if path]
 
     def run(code: str, *arguments: object, fails: bool = False, **environment: str) -> str:
         done = subprocess.run(

@@ -172,6 +172,9 @@ def test_hard_is_certain(case: Case) -> None:
     assert torch.equal(state, torch.get_rng_state())
     assert case.method.noisy or same_bits(first, soft)
     assert all(same_bits(before[name], latent.detach()) for name, latent in latents.items())
+    restored = case.method.restore(case.method.describe(latents, case.slot), case.slot)
+    again = [case.method.decode(restored, case.slot, hard=True).to(case.dtype) for _ in range(2)]
+    assert all(same_bits(first, weight) for weight in again)
 
 
 @pytest.mark.parametrize("method", TABLE, ids=name_of)

@@ -10,7 +10,7 @@ import hfcompress
 ROOT = Path(hfcompress.__file__).parent
 FLOORS = """
 errors rounding losses files plugin progress cifar
-coding sealed
+coding sealed output
 reparameterization
 methods.dense methods.uniform
 methods

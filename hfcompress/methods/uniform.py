@@ -87,7 +87,7 @@ class Uniform(Reparameterization):
         if (step < 0).any():
             raise FormatError("'step' holds negative numbers")
         lows, steps = (torch.from_numpy(s.astype(np.float32)).unsqueeze(1) for s in (low, step))
-        return {"codes": to_buckets(torch.tensor(codes), self.bucket), "low": lows, "step": steps}
+        return {"codes": to_buckets(torch.from_numpy(codes.copy()), self.bucket), "low": lows, "step": steps}
 
     def _buckets(self, slot: Slot) -> int:
         return -(-slot.numel // (self.bucket or max(slot.numel, 1)))
