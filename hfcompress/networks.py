@@ -43,7 +43,11 @@ def translator(
         if teacher is None:
             raise ConfigError("'from_teacher' needs a teacher")
         return from_teacher(teacher, network.from_teacher)
-    return MarianMTModel(_marian_config(network.marian or {}, tokenizer, max_length))
+    config = _marian_config(network.marian or {}, tokenizer, max_length)
+    try:
+        return MarianMTModel(config)
+    except ValueError as error:
+        raise ConfigError(f"a Marian with these fields cannot be built: {error}") from error
 
 
 def classifier(
@@ -77,7 +81,7 @@ def classifier(
     )
     try:
         model = TimmWrapperForImageClassification(config)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ConfigError(f"timm's {network.timm} does not take these arguments: {error}") from error
     if network.weights is not None:
         _load_weights(model, network.weights, data_root)
@@ -140,16 +144,21 @@ def _load_weights(model: PreTrainedModel, weights: str, data_root: Path | None) 
     path = (data_root or Path()) / weights
     if not path.is_file():
         raise DataError(f"no weights at {path}: give the folder that holds '{weights}' as --data-root")
-    state = load_file(path)
-    network = model.timm_model
-    optional = {name for name in network.state_dict() if name.endswith("num_batches_tracked")}
-    found = network.load_state_dict(state, strict=False)
-    missing = set(found.missing_keys) - optional
-    if missing or found.unexpected_keys:
-        raise DataError(
-            f"{path} is of another network: {len(missing)} weights missing (first {min(missing, default='none')}), "
-            f"{len(found.unexpected_keys)} unknown (first {min(found.unexpected_keys, default='none')})"
-        )
+    try:
+        state = load_file(path)
+    except SafetensorError as error:
+        raise DataError(f"{path} cannot be read: {error}. Is it a whole safetensors file?") from error
+    wanted = model.timm_model.state_dict()
+    missing = {name for name in wanted.keys() - state.keys() if not name.endswith("num_batches_tracked")}
+    problems = {
+        "missing": missing,
+        "unknown": state.keys() - wanted.keys(),
+        "of another shape": {name for name in wanted.keys() & state.keys() if wanted[name].shape != state[name].shape},
+    }
+    if any(problems.values()):
+        told = ", ".join(f"{len(names)} {what} (first {min(names)})" for what, names in problems.items() if names)
+        raise DataError(f"{path} is of another network than {model.config.architecture}: weights {told}")
+    model.timm_model.load_state_dict(state, strict=False)
 
 
 def parameters(model: torch.nn.Module) -> int:

@@ -18,6 +18,7 @@ from hfcompress import cli, stages
 from hfcompress.errors import Interrupted, ResumeError
 from hfcompress.resume import MANIFEST, CommitCheckpoints, newest, seconds_of
 
+PATIENCE = 300  # seconds; for machines that have other things to do
 FILE = "model.hfcompress.safetensors"
 BY_STEPS = {"eval_strategy": "no", "save_strategy": "steps", "save_steps": 2, "num_train_epochs": 3}
 BY_EPOCHS = {"load_best_model_at_end": True, "metric_for_best_model": "accuracy", "num_train_epochs": 3}
@@ -48,12 +49,12 @@ def start(processes, *arguments):
 
 def wait_for(pattern, folder, process):
     """Until a file that matches is there."""
-    for _ in range(9000):
+    for _ in range(50 * PATIENCE):
         if any(folder.glob(pattern)):
             return
         assert process.is_alive(), f"ended with {process.exitcode} before there was {pattern}"
         time.sleep(0.02)
-    raise AssertionError(f"no {pattern} after three minutes")
+    raise AssertionError(f"no {pattern} after {PATIENCE} seconds")
 
 
 def committed(folder):
@@ -76,10 +77,10 @@ def whole(tmp_path_factory):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_leaves_a_checkpoint_to_go_on_from(processes, tmp_path, whole, number):
-    process = start(processes, tmp_path, BY_STEPS, 0.1)
+    process = start(processes, tmp_path, BY_STEPS, 0.3)
     wait_for(f"checkpoints/checkpoint-2/{MANIFEST}", tmp_path, process)
     os.kill(process.pid, number)
-    process.join(60)
+    process.join(PATIENCE)
     assert process.exitcode == Interrupted.exit_code == 130
     assert committed(tmp_path)[-1] >= 2 and not (tmp_path / FILE).exists()
     before = seconds_of(newest(tmp_path / "checkpoints"))
@@ -118,17 +119,15 @@ def test_a_second_signal_stops_at_once():
 
 def test_killed_again_and_again(processes, tmp_path, whole):
     draw = random.Random(0)
-    killed = 0
     for _ in range(3):
-        process = start(processes, tmp_path, BY_STEPS, 0.05)
+        process = start(processes, tmp_path, BY_STEPS, 0.2)
         wait_for("checkpoints/settings", tmp_path, process)
         time.sleep(draw.uniform(0.2, 1.5))
         process.kill()
         process.join()
-        killed += process.exitcode == -signal.SIGKILL
-    assert killed >= 2
-    if not (tmp_path / stages.MARKER).exists():
-        train_stage(tmp_path, **BY_STEPS)
+        assert process.exitcode == -signal.SIGKILL
+    assert committed(tmp_path)  # 18 steps take longer than all three together
+    train_stage(tmp_path, **BY_STEPS)
     assert (tmp_path / FILE).read_bytes() == whole["steps"]
 
 
@@ -256,7 +255,7 @@ teacher: {timm: cifar_resnet20}
 student: {timm: cifar_resnet20, training: {num_train_epochs: 1}}
 compression:
   rules: [{method: {uniform: {bits: 4, stochastic: true}}, kinds: [conv, linear]}]
-  training: {num_train_epochs: 5, save_strategy: steps, save_steps: 2, eval_strategy: "no"}
+  training: {num_train_epochs: 8, save_strategy: steps, save_steps: 2, eval_strategy: "no"}
 training: {per_device_train_batch_size: 16, use_cpu: true}
 evaluation: {bootstrap: 0}
 """
@@ -282,16 +281,16 @@ def test_ctrl_c_and_resume_through_the_command_line(processes, tmp_path):
     compressed = output / "stages" / "compressed"
     wait_for(f"checkpoints/*/{MANIFEST}", compressed, stopped)
     os.kill(stopped.pid, signal.SIGINT)
-    stopped.join(60)
+    stopped.join(PATIENCE)
     assert stopped.exitcode == 130 and committed(compressed) and not (compressed / stages.MARKER).exists()
     assert "run the same command with --resume" in said.read_text()
     again = run()
-    again.join(60)
+    again.join(PATIENCE)
     assert again.exitcode == 2 and "already holds a run" in said.read_text()
     marker = output / "stages" / "student" / stages.MARKER
     made = marker.stat().st_mtime_ns
     resumed = run("--resume")
-    resumed.join(180)
+    resumed.join(PATIENCE)
     assert resumed.exitcode == 0 and "student: done before" in said.read_text()
     assert marker.stat().st_mtime_ns == made
     assert (output / "student" / FILE).read_bytes() == (compressed / FILE).read_bytes()

@@ -14,6 +14,7 @@ from small import (
     SEQ2SEQ,
     VARIANTS,
     Digits,
+    Seen,
     equal,
     first_gradient,
     marian,
@@ -41,14 +42,16 @@ def main(output: Path) -> None:
     dist.destroy_process_group()
 
 
-def whole_run(folder: Path, rank: int) -> dict[str, bool]:
+def whole_run(folder: Path, rank: int) -> dict:
     """Train, evaluate with generation, save, load the best; then resume from inside an epoch."""
+
+    look = Seen(lambda model: agree(weights(model)), "step_end")
 
     def trainer():
         return translation_trainer(
             folder,
             marian(seed=rank),  # as a script without a seed would; rank 0's counts
-            given={"teacher": marian(seed=7), "compression": rules(3, stochastic=True)},
+            given={"teacher": marian(seed=7), "compression": rules(3, stochastic=True), "callbacks": [look]},
             per_device_train_batch_size=4,
             predict_with_generate=True,
             generation_max_length=6,
@@ -69,13 +72,13 @@ def whole_run(folder: Path, rank: int) -> dict[str, bool]:
     resumed.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
     return {
         "best": best.name,
-        "ranks agree": agree(weights(whole.model)) and agree(latents(whole)),
+        "ranks agree": look.seen["step_end"],
         "resumed": equal(weights(resumed.model), weights(whole.model)) and equal(latents(resumed), latents(whole)),
         "history": whole.state.log_history,
     }
 
 
-def stopped_run(output: Path, rank: int) -> dict[str, bool]:
+def stopped_run(output: Path, rank: int) -> dict:
     """One process alone gets a signal: both stop after the same step, and go on from there as if nothing had been."""
     settings = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 4, "per_device_train_batch_size": 8}
     try:
