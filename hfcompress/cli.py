@@ -77,10 +77,13 @@ def run(
 ) -> None:
     """Train a teacher and a compressed student. Its file is scored; results and model card are written."""
     from hfcompress.recipe import find
+
+    path = find(recipe)  # before what takes seconds to import
+
     from hfcompress.run import run_file
 
     run_file(
-        find(recipe),
+        path,
         output,
         overrides or (),
         data_root=data_root,
@@ -101,11 +104,15 @@ def evaluate(
 ) -> None:
     """Score models on a recipe's test split. They are loaded as plain transformers loads them."""
     from hfcompress.recipe import find, load
+
+    recipes = load(find(recipe))  # before what takes seconds to import
+
     from hfcompress.scoring import score_all
 
-    scored = score_all(models, load(find(recipe)), name, data_root, _console(stderr=True))
     if json_path is not None:
         json_path.parent.mkdir(parents=True, exist_ok=True)
+    scored = score_all(models, recipes, name, data_root, _console(stderr=True))
+    if json_path is not None:
         json_path.write_text(json.dumps(scored, ensure_ascii=False, indent=1), encoding="utf-8")
         return
     table = Table("model", "metric", "score", "95 % interval", "rows", "signature")
@@ -158,7 +165,7 @@ def show(recipe: RecipeArgument) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     try:
-        app(args=list(arguments) if arguments is not None else None)
+        app(args=list(arguments) if arguments is not None else None, prog_name="hfcompress")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     return 0

@@ -32,9 +32,9 @@ def print_sizes(sizes: Sizes, console: Console) -> None:
     table = Table(box=None, pad_edge=False)
     table.add_column("tensor", overflow="fold")
     for heading in ("shape", "kind", "method"):
-        table.add_column(heading)
+        table.add_column(heading, no_wrap=True)
     for heading in ("bits/weight", "bytes", "share"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for t in sizes.tensors:
         size = t.codes / 8 + t.arrays
         shape = "×".join(map(str, t.shape)) or "scalar"

@@ -77,19 +77,24 @@ class TrainingProgress(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         self.latest.update({k: float(v) for k, v in (logs or {}).items() if k in _SHOWN})
-        note = "  ".join(f"{k} {v:.4g}" for k, v in self.latest.items())
         if self.bar is not None:
-            self.bar.update(self.task, note=note)
+            self.bar.update(self.task, note=self._note())
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.bar is None and state.is_world_process_zero:
-            note = "  ".join(f"{k} {v:.4g}" for k, v in self.latest.items())
-            line = f"{self.name}: step {state.global_step}/{state.max_steps}  {note}"
+            line = f"{self.name}: step {state.global_step}/{state.max_steps}  {self._note()}"
             self.console.print(line, highlight=False, soft_wrap=True)
+
+    def _note(self) -> str:
+        return "  ".join(f"{name} {self.latest[name]:.4g}" for name in _SHOWN if name in self.latest)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the bar off the terminal, also where the training did not end by itself."""
         if self.bar is not None:
             self.bar.stop()
             self.bar = None

@@ -96,23 +96,23 @@ class Run:
         return facts
 
     def _rehearse(self, task: Task) -> None:
-        recipe, done = self.recipe, self.output / STAGES / "teacher"
+        recipe = self.recipe
         for name, network in (("teacher", recipe.teacher), ("student", recipe.student), ("compressed", self._twin())):
             training_arguments(name, task, self.output, self._settings(network))
-        teacher = load_model(done) if (done / MARKER).is_file() else task.build(recipe.teacher, None)
+        done = finished("teacher", self.output / STAGES / "teacher", self._fingerprint())
+        teacher = load_model(done.folder) if done is not None else task.build(recipe.teacher, None)
         student = task.build(recipe.student, teacher)
         check(teacher, student)
         Compressor(student, recipe.compression.rules, rate_weight=recipe.compression.rate_weight)
 
     def _stages(self, task: Task) -> dict[str, Stage]:
         recipe = self.recipe
-        data = data_settings(recipe)
-        shared = fingerprint(data, asdict(recipe.teacher), recipe.training)
-        teacher = self._stage("teacher", task, shared, recipe.teacher, lambda: task.build(recipe.teacher, None), {})
+        wanted = self._fingerprint()
+        teacher = self._stage("teacher", task, wanted, recipe.teacher, lambda: task.build(recipe.teacher, None), {})
 
         def start() -> PreTrainedModel:
             """The student before any training; the same for both twins."""
-            return task.build(recipe.student, _load(teacher))
+            return task.build(recipe.student, load_model(teacher.folder))
 
         distilled = {"distillation": recipe.distillation}
         wanted = fingerprint(teacher.fingerprint, asdict(recipe.student), asdict(recipe.distillation))
@@ -120,10 +120,14 @@ class Run:
         wanted = fingerprint(student.fingerprint, _rules(recipe))
         post = self._post_training(task, wanted, student)
         wanted = fingerprint(student.fingerprint, _rules(recipe), asdict(recipe.compression, dict_factory=_plain))
-        begin = (lambda: _load(student)) if recipe.compression.warm_start else start
+        begin = (lambda: load_model(student.folder)) if recipe.compression.warm_start else start
         extra = {**distilled, "compression": recipe.compression}
         compressed = self._stage("compressed", task, wanted, self._twin(), begin, extra, teacher)
         return {"teacher": teacher, "student": student, "post_training": post, "compressed": compressed}
+
+    def _fingerprint(self) -> str:
+        """Of the teacher, and so of all that follows from it."""
+        return fingerprint(data_settings(self.recipe), asdict(self.recipe.teacher), self.recipe.training)
 
     def _twin(self) -> Network:
         """The student as it is trained compressed."""
@@ -162,7 +166,7 @@ class Run:
         if network.training is None and name == "teacher":
             return self._as_it_is(name, folder, wanted, model, task)
         if teacher is not None:
-            extra = {**extra, "teacher": _load(teacher)}
+            extra = {**extra, "teacher": load_model(teacher.folder)}
         self._say(f"{name}: training {parameters(model):,} parameters")
         return train(name, folder, wanted, task, model, self._settings(network), save, **extra)
 
@@ -179,7 +183,7 @@ class Run:
         if found is not None:
             return found
         if self.main:
-            model = _load(student)
+            model = load_model(student.folder)
             checkpoint.save(model, folder, Compressor(model, self.recipe.compression.rules))
             task.save_processing(folder)
         return self._mark("post_training", folder, wanted)
@@ -203,7 +207,7 @@ class Run:
             raise HFCompressError(f"scoring failed (exit code {done.returncode}); what it said stands above")
         scored = json.loads(path.read_text(encoding="utf-8"))
         # the yardstick of every student is the full-precision one: weights on a grid would gzip better
-        yardsticks = {name: int8_gzip_bytes(_load(stages[name])) for name in ("teacher", "student")}
+        yardsticks = {name: int8_gzip_bytes(load_model(stages[name].folder)) for name in ("teacher", "student")}
         rows = tuple(
             _row(name, stage, yardsticks.get(name, yardsticks["student"]), scored[str(stage.folder)]["scores"])
             for name, stage in stages.items()
@@ -277,12 +281,8 @@ def _command(path: Path, overrides: Sequence[str], data_root: Path | None) -> st
     return shlex.join(["hfcompress", "run", name.as_posix(), *overrides, *root])
 
 
-def _load(stage: Stage) -> PreTrainedModel:
-    return load_model(stage.folder)
-
-
 def _row(name: str, stage: Stage, int8_gzip: int, scores: dict[str, Any]) -> Row:
-    model, size = _load(stage), weight_bytes(stage.folder)
+    model, size = load_model(stage.folder), weight_bytes(stage.folder)
     count = parameters(model)
     found = {metric: Score(**{**s, "interval": tuple(s["interval"])}) for metric, s in scores.items()}
     return Row(name, count, size, 8 * size / count, int8_gzip, found)  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,17 +91,19 @@ def train(
     _check_settings(checkpoints, name, wanted)
     resume_from = newest(checkpoints)
     commits = CommitCheckpoints(seconds_before=seconds_of(resume_from) if resume_from else 0.0)
+    progress = TrainingProgress(name)
     trainer: Any = task.trainer(
         model=model,
         args=training_arguments(name, task, checkpoints, settings),
-        callbacks=[TellEpochs(), commits, TrainingProgress(name)],
+        callbacks=[TellEpochs(), commits, progress],
         **task.trainer_arguments(model),
         **trainer_arguments,
     )
     trainer.remove_callback(PrinterCallback)
-    with commits.stopping_on_signals():
+    with closing(progress), commits.stopping_on_signals():
         _train(trainer, resume_from)
         seconds = commits.seconds
+        trainer.accelerator.wait_for_everyone()  # the others may still be reading the best checkpoint
         if trainer.is_world_process_zero() and not commits.stopped:
             save(trainer)
             record = {"fingerprint": wanted, "seconds": seconds, "history": trainer.state.log_history}
@@ -115,18 +118,22 @@ def training_arguments(name: str, task: Task, folder: Path, settings: Mapping[st
     try:
         return task.arguments(output_dir=str(folder), **_with_defaults(settings))
     except ValueError as error:
-        raise ConfigError(f"stage '{name}': transformers refuses these training settings: {error}") from error
+        said = " ".join(str(error).split())
+        raise ConfigError(f"stage '{name}': transformers refuses these training settings: {said}") from error
 
 
 def _train(trainer: Any, resume_from: Path | None) -> None:
     """From the start, or on from a checkpoint."""
-    state = TrainerState.load_from_json(str(resume_from / "trainer_state.json")) if resume_from else None
-    if state is None or state.global_step < state.max_steps:
-        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    if resume_from is None:
+        trainer.train()
+        return
+    state = TrainerState.load_from_json(str(resume_from / "trainer_state.json"))
+    if state.global_step < state.max_steps:
+        trainer.train(resume_from_checkpoint=str(resume_from))
         return
     # its last step was done: the Trainer, asked to resume, would take one more where that is not an epoch's last
     best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
-    trainer.restore(best or resume_from)
+    trainer.restore(resume_from.parent / Path(best or resume_from).name)
     trainer.state = state
 
 

@@ -41,28 +41,31 @@ def installed(*arguments: object, program: tuple[str | Path, ...] = (HFCOMPRESS,
     return Done(done.returncode, done.stdout, done.stderr)
 
 
-def hfcompress(said: Path, *arguments: object) -> Done:
+def hfcompress(said: Path, *arguments: object, **environment: str) -> Done:
     """The same in a process that has imported everything already; `said`: a folder for what it says."""
     files = said / "out", said / "err"
-    process = start(files, *arguments)
+    process = start(files, *arguments, **environment)
     process.join(300)
     assert process.exitcode is not None, "still running after five minutes"
     return Done(process.exitcode, *(file.read_text(encoding="utf-8") for file in files))
 
 
-def start(files: tuple[Path, Path], *arguments: object):
+def start(files: tuple[Path, Path], *arguments: object, **environment: str):
     """As `hfcompress`, without waiting for its end."""
-    process = PROCESSES.Process(target=_command, args=(files, [str(argument) for argument in arguments]))
+    given = files, [str(argument) for argument in arguments], environment
+    process = PROCESSES.Process(target=_command, args=given)
     process.start()
     return process
 
 
-def _command(files: tuple[Path, Path], arguments: list[str]) -> None:
+def _command(files: tuple[Path, Path], arguments: list[str], environment: dict[str, str]) -> None:
     import torch
 
     from hfcompress import cli
 
     torch.set_num_threads(1)
+    os.environ.pop("COLUMNS", None)  # set by readline, which pytest imports
+    os.environ.update(environment)
     os.setpgrp()  # whoever kills it can kill what it has started too
     for descriptor, file in enumerate(files, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from babel import Locale
@@ -288,6 +289,13 @@ def first_gradient(kind: str, variant: str, batch: int, accumulation: int, folde
     return one_step(
         translation_trainer, SEQ2SEQ[kind](), given, batch, accumulation, folder, label_smoothing_factor=smoothing
     )
+
+
+@cache
+def whole_gradient(kind: str, variant: str) -> dict[str, torch.Tensor]:
+    """The same with all 32 names at once, on one process."""
+    with TemporaryDirectory() as folder:
+        return first_gradient(kind, variant, 32, 1, folder)
 
 
 def one_step(make, model, given, batch: int, accumulation: int, folder, **settings) -> dict[str, torch.Tensor]:
