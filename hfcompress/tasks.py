@@ -1,5 +1,6 @@
 """The two tasks: what translation and image classification need that the other does not."""
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -21,7 +22,9 @@ from transformers import (
 
 from hfcompress import losses
 from hfcompress.data import Splits, is_local, label_names, load_images, load_translation, overlap, with_images
+from hfcompress.errors import ResumeError
 from hfcompress.evaluate import Progress, pixels, score_images, score_translation
+from hfcompress.files import write_atomically
 from hfcompress.networks import classifier, from_pretrained, tokenizer_of, translator
 from hfcompress.results import DataFacts, Sample, Score
 from hfcompress.schema import Augmentation, ImageData, Network, Recipe, TranslationData
@@ -79,8 +82,15 @@ class Translation(Task):
         teacher = self.recipe.teacher
         if self.recipe.vocabulary is None:
             return from_pretrained(AutoTokenizer, tokenizer_of(teacher), teacher.revision)
-        if not (folder / "vocab.json").is_file():
+        settings, wanted = folder / "settings", json.dumps(data_settings(self.recipe), sort_keys=True)
+        if not settings.is_file():
             train_tokenizer(self.splits.train, self.data, self.recipe.vocabulary, folder)
+            write_atomically(settings, wanted.encode())  # last: it says that the rest is there
+        elif settings.read_text(encoding="utf-8") != wanted:
+            raise ResumeError(
+                f"the vocabulary in {folder} was made with other settings: change them back, or start anew with "
+                "--overwrite"
+            )
         return AutoTokenizer.from_pretrained(folder)
 
     def build(self, network: Network, teacher: PreTrainedModel | None) -> PreTrainedModel:

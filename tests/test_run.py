@@ -192,7 +192,8 @@ def test_the_same_seed_gives_the_same_bytes(run, tmp_path):
             assert process.is_alive(), (tmp_path / "err").read_text()
             time.sleep(0.05)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)  # only its weights are wanted
+        if process.is_alive():
+            os.killpg(process.pid, signal.SIGKILL)  # only its weights are wanted
         process.join()
     for stage in STAGES:
         one, two = (tree(folder / "digits" / "stages" / stage) for folder in (run, other))
@@ -207,21 +208,31 @@ def test_a_finished_run_resumed_trains_nothing(run, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(run / "digits", folder)
     (folder / "results.json").unlink()
-    again = hfcompress(tmp_path, "run", run / "digits" / "recipe.yaml", "--output", folder, "--resume")
+    given = ("run", run / "digits" / "recipe.yaml", "card.limits=Read with care.", "--output", folder, "--resume")
+    again = hfcompress(tmp_path, *given)
     assert again.code == 0, again.err
     assert re.findall(r"^(\w+): done before", again.out, re.MULTILINE) == ["teacher", "student", "compressed"]
     assert "training" not in again.out.partition("scoring")[0] and "step" not in again.err
     before, after = (results(place) for place in (run / "digits", folder))
     assert after["rows"] == before["rows"] and after["seconds"] == before["seconds"]
+    assert recipe.load(folder / "recipe.yaml")[0].card.limits == "Read with care."
+    assert "Read with care." in (folder / "student" / "README.md").read_text(encoding="utf-8")
 
 
-def test_other_settings_are_not_resumed_and_nothing_is_touched(run, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "change", "told"),
+    [
+        ("digits", "student.training.max_steps=3", "stage 'student'"),
+        ("digits", "teacher.arguments.width=1", "stage 'teacher'"),
+        ("spelled-out", "vocabulary.size=500", "the vocabulary"),
+    ],
+)
+def test_other_settings_are_not_resumed_and_nothing_is_touched(run, tmp_path, name, change, told):
     folder = tmp_path / "copy"
-    shutil.copytree(run / "digits", folder)
+    shutil.copytree(run / name, folder)
     before = tree(folder)
-    given = ("run", run / "digits" / "recipe.yaml", "student.training.max_steps=3", "--output", folder, "--resume")
-    said = hfcompress(tmp_path, *given)
-    assert "stage 'student'" in said.refusal and "made with other settings" in said.refusal
+    said = hfcompress(tmp_path, "run", run / name / "recipe.yaml", change, "--output", folder, "--resume")
+    assert told in said.refusal and "made with other settings" in said.refusal
     assert tree(folder) == before
 
 
