@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hfcompress.coding import Symbols
-from hfcompress.compressor import Compressor, kind_of
+from hfcompress.compressor import Compressor, kind_of, unsaved
 from hfcompress.container import Reader, StoredSlot, Writer
 from hfcompress.errors import FormatError
 from hfcompress.files import write_atomically
@@ -72,7 +72,7 @@ class Sizes:
 
 def to_bytes(model: nn.Module, compressor: Compressor | None) -> bytes:
     """The compressed file of `model` as it is now: claimed weights as described, everything else as it is."""
-    prefix = WRAPPER_PREFIX if _is_wrapper(model) else ""
+    prefix = wrapper_prefix(model)
     entries = {} if compressor is None else compressor.entries
     writer = Writer()
     for name, kind, tensor in _saved_tensors(model):
@@ -159,13 +159,15 @@ def _place(stored: StoredSlot) -> tuple[str, tuple[int, ...], str]:
     return stored.slot.name, stored.slot.shape, stored.slot.kind.value
 
 
-def _is_wrapper(model: nn.Module) -> bool:
-    return getattr(getattr(model, "config", None), "model_type", None) == "timm_wrapper"
+def wrapper_prefix(model: nn.Module) -> str:
+    """What a file's names lack of the model's: TimmWrapper's prefix, or nothing."""
+    wrapped = getattr(getattr(model, "config", None), "model_type", None) == "timm_wrapper"
+    return WRAPPER_PREFIX if wrapped else ""
 
 
 def _saved_tensors(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
     """(name, kind, tensor) of what a file must hold: each parameter once, then the persistent buffers."""
-    ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    ignored = unsaved(model)
     modules = dict(model.named_modules())
     persistent = model.state_dict().keys()
     for name, parameter in model.named_parameters():

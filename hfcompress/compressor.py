@@ -171,6 +171,11 @@ class Compressor:
             )
 
 
+def unsaved(model: nn.Module) -> set[str]:
+    """Names that no file holds: computed at construction, as Marian's sinusoidal positions are."""
+    return set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+
+
 def kind_of(module: nn.Module, leaf: str, parameter: nn.Parameter) -> Kind:
     """What the parameter called `leaf` does in `module`."""
     if leaf.endswith("bias"):
@@ -192,7 +197,7 @@ def _claim(model: nn.Module, rules: Sequence[RuleLike]) -> list[tuple[int, str, 
     for name, parameter in model.named_parameters(remove_duplicate=False):
         aliases.setdefault(id(parameter), []).append(name)
     modules = dict(model.named_modules())
-    ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    ignored = unsaved(model)
     claims = []
     for name, parameter in model.named_parameters():
         names = aliases[id(parameter)]

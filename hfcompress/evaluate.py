@@ -19,6 +19,7 @@ from transformers import (
 
 from hfcompress import cifar
 from hfcompress.checkpoint import FILE_NAME
+from hfcompress.compressor import unsaved
 from hfcompress.data import with_images
 from hfcompress.errors import DataError
 from hfcompress.networks import check_classifier, from_pretrained
@@ -130,7 +131,7 @@ def weight_bytes(folder: Path) -> int:
 
 def int8_gzip_bytes(model: nn.Module) -> int:
     """The yardstick: weights of ≥ 2 dimensions in int8 with a float32 scale a row, the rest float32; gzip -9."""
-    ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    ignored = unsaved(model)
     persistent = model.state_dict().keys()
     parts: list[bytes] = []
     buffers = ((n, b) for n, b in model.named_buffers() if n in persistent)

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from hfcompress import cifar
+from hfcompress.compressor import unsaved
 from hfcompress.errors import ConfigError, DataError
 from hfcompress.schema import ImageData, Network
 from hfcompress.students import from_teacher
@@ -163,5 +164,5 @@ def _load_weights(model: PreTrainedModel, weights: str, data_root: Path | None) 
 
 def parameters(model: torch.nn.Module) -> int:
     """Trainable numbers, a tied weight once, sinusoidal positions not at all."""
-    ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    ignored = unsaved(model)
     return sum(p.numel() for name, p in model.named_parameters() if name not in ignored)

@@ -16,7 +16,8 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hfcompress import cifar
-from hfcompress.checkpoint import FILE_NAME, WRAPPER_PREFIX, check_names, read
+from hfcompress.checkpoint import FILE_NAME, WRAPPER_PREFIX, check_names, read, wrapper_prefix
+from hfcompress.compressor import unsaved
 from hfcompress.errors import FormatError
 from hfcompress.sealed import FORMAT, VERSION
 
@@ -46,7 +47,7 @@ class _Decode(ConversionOps):
     def convert(
         self, input_dict: dict[str, Any], *args: Any, model: PreTrainedModel, **kwargs: Any
     ) -> dict[str, Tensor]:
-        tensors, prefix = self.hf_quantizer.take_tensors(), _prefix(model)
+        tensors, prefix = self.hf_quantizer.take_tensors(), wrapper_prefix(model)
         return {
             prefix + name: tensor.to(_target_dtype(model, prefix + name, tensor)) for name, tensor in tensors.items()
         }
@@ -91,9 +92,9 @@ class HFCompressQuantizer(HfQuantizer):
         if not checkpoint_files:
             raise FormatError(f"no {FILE_NAME} was found for a model whose config.json says it is compressed")
         reader = read(checkpoint_files[0])
-        prefix, found = _prefix(model), reader.shapes().keys()
+        prefix, found = wrapper_prefix(model), reader.shapes().keys()
         wanted = {name.removeprefix(prefix): tuple(t.shape) for name, t in model.state_dict().items()}
-        optional = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+        optional = unsaved(model)
         for names in _ties(model):
             tied = {name.removeprefix(prefix) for name in names}
             if tied & found:
@@ -124,10 +125,6 @@ class HFCompressQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
-
-
-def _prefix(model: PreTrainedModel) -> str:
-    return WRAPPER_PREFIX if model.config.model_type == "timm_wrapper" else ""
 
 
 def _target_dtype(model: PreTrainedModel, name: str, tensor: Tensor) -> torch.dtype:

@@ -25,7 +25,6 @@ from hfcompress.card import write_card
 from hfcompress.compressor import Compressor
 from hfcompress.errors import HFCompressError
 from hfcompress.evaluate import int8_gzip_bytes, weight_bytes
-from hfcompress.files import write_atomically
 from hfcompress.loading import load as load_model
 from hfcompress.networks import parameters
 from hfcompress.output import RECIPE, RESULTS, STAGES, Output
@@ -189,11 +188,12 @@ class Run:
         return self._mark("post_training", folder, wanted)
 
     def _mark(self, name: str, folder: Path, wanted: str) -> Stage:
+        """A stage that took no training."""
+        stage = Stage(name, folder, wanted, 0.0, [])
         if self.main:
-            record = {"fingerprint": wanted, "seconds": 0.0, "history": []}
-            write_atomically(folder / MARKER, json.dumps(record).encode())
+            stage.mark()
         PartialState().wait_for_everyone()
-        return Stage(name, folder, wanted, 0.0, [])
+        return stage
 
     def _score(self, stages: dict[str, Stage]) -> tuple[Results, list[Sample]]:
         """Every stage's folder, scored by a fresh process that has only the files."""
@@ -206,14 +206,11 @@ class Run:
         if done.returncode:
             raise HFCompressError(f"scoring failed (exit code {done.returncode}); what it said stands above")
         scored = json.loads(path.read_text(encoding="utf-8"))
-        # the yardstick of every student is the full-precision one: weights on a grid would gzip better
-        yardsticks = {name: int8_gzip_bytes(load_model(stages[name].folder)) for name in ("teacher", "student")}
-        rows = tuple(
-            _row(name, stage, yardsticks.get(name, yardsticks["student"]), scored[str(stage.folder)]["scores"])
-            for name, stage in stages.items()
-        )
+        rows: list[Row] = []
+        for name, stage in stages.items():
+            rows.append(_row(name, stage, rows, scored[str(stage.folder)]["scores"]))
         seconds = {name: round(stage.seconds, 1) for name, stage in stages.items()}
-        results = Results(rows, self.recipe.seed, report.versions(), report.hardware(), seconds)
+        results = Results(tuple(rows), self.recipe.seed, report.versions(), report.hardware(), seconds)
         samples = [Sample(**s) for s in scored[str(stages["compressed"].folder)]["samples"]]
         return results, samples
 
@@ -281,9 +278,12 @@ def _command(path: Path, overrides: Sequence[str], data_root: Path | None) -> st
     return shlex.join(["hfcompress", "run", name.as_posix(), *overrides, *root])
 
 
-def _row(name: str, stage: Stage, int8_gzip: int, scores: dict[str, Any]) -> Row:
+def _row(name: str, stage: Stage, before: Sequence[Row], scores: dict[str, Any]) -> Row:
     model, size = load_model(stage.folder), weight_bytes(stage.folder)
     count = parameters(model)
+    # the yardstick of every student is the full-precision one: weights on a grid would gzip better
+    twin = next((row for row in before if row.name == "student"), None)
+    int8_gzip = int8_gzip_bytes(model) if twin is None else twin.int8_gzip_bytes
     found = {metric: Score(**{**s, "interval": tuple(s["interval"])}) for metric, s in scores.items()}
     return Row(name, count, size, 8 * size / count, int8_gzip, found)  # type: ignore[arg-type]
 

@@ -40,6 +40,11 @@ class Stage:
     seconds: float
     history: list[dict[str, Any]]
 
+    def mark(self) -> None:
+        """Say in the folder that the stage is finished; to be called once the rest is there."""
+        record = {"fingerprint": self.fingerprint, "seconds": self.seconds, "history": self.history}
+        write_atomically(self.folder / MARKER, json.dumps(record, indent=1).encode())
+
 
 def fingerprint(*settings: Any) -> str:
     """The same settings give the same fingerprint; everything a stage depends on goes into it."""
@@ -102,15 +107,14 @@ def train(
     trainer.remove_callback(PrinterCallback)
     with closing(progress), commits.stopping_on_signals():
         _train(trainer, resume_from)
-        seconds = commits.seconds
+        stage = Stage(name, folder, wanted, commits.seconds, trainer.state.log_history)
         trainer.accelerator.wait_for_everyone()  # the others may still be reading the best checkpoint
         if trainer.is_world_process_zero() and not commits.stopped:
             save(trainer)
-            record = {"fingerprint": wanted, "seconds": seconds, "history": trainer.state.log_history}
-            write_atomically(folder / MARKER, json.dumps(record, indent=1).encode())
+            stage.mark()
             shutil.rmtree(checkpoints, ignore_errors=True)
         trainer.accelerator.wait_for_everyone()
-    return Stage(name, folder, wanted, seconds, trainer.state.log_history)
+    return stage
 
 
 def training_arguments(name: str, task: Task, folder: Path, settings: Mapping[str, Any]) -> TrainingArguments:
