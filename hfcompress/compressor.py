@@ -57,6 +57,7 @@ class Compressor:
         self.seed = seed
         self.step = 0
         self.entries: dict[str, Entry] = {}
+        self._groups: list[list[Entry]] = []
         claims = _claim(model, rules)
         for position in range(len(rules)):
             mine = [c for c in claims if c[0] == position]
@@ -67,6 +68,7 @@ class Compressor:
                 slot = Slot(name, tuple(parameter.shape), kind, offset, total)
                 self.entries[name] = self._enter(slot, rules[position].method, parameter, shared)
                 offset += parameter.numel()
+            self._groups.append([self.entries[name] for _, name, _, _ in mine])
         self.weights = sum(e.slot.numel for e in self.entries.values())
         if rate_weight > 0 and not self.rate().requires_grad:
             raise ConfigError(
@@ -87,7 +89,7 @@ class Compressor:
                     f"{parameter.abs().max().item():.3g}: choose a wider format, or leave this weight to no rule"
                 )
         for name, latent in latents.items():
-            if latent.is_floating_point():
+            if latent.is_floating_point() and name not in method.frozen:
                 latent.requires_grad_(True)
             if name in method.shared:
                 shared[name] = latent
@@ -127,7 +129,7 @@ class Compressor:
 
     def rate(self) -> Tensor:
         """Bits of all slots: a scalar."""
-        bits = [e.method.rate(e.latents, self._drawn(e)) for e in self.entries.values()]
+        bits = [g[0].method.rate_of_group([(e.latents, self._drawn(e)) for e in g]) for g in self._groups]
         return torch.stack(bits).sum() if bits else torch.zeros(())
 
     @property
@@ -136,13 +138,24 @@ class Compressor:
         return any(e.method.noisy for e in self.entries.values())
 
     def trained(self) -> Iterator[tuple[nn.Parameter, Tensor, bool]]:
-        """(parameter, latent, whether weight decay acts on it) for every float latent, shared ones once."""
+        """(parameter, latent, whether weight decay acts on it) for the user's optimizer, shared latents once."""
+        for entry, name, latent in self._trained():
+            if name not in entry.method.auxiliary:
+                yield entry.parameter, latent, name in entry.method.decayed
+
+    def auxiliary(self) -> Iterator[tuple[Tensor, float]]:
+        """(latent, learning rate at the start) of those that an Adam beside the user's optimizer trains."""
+        for entry, name, latent in self._trained():
+            if name in entry.method.auxiliary:
+                yield latent, entry.method.auxiliary[name]
+
+    def _trained(self) -> Iterator[tuple[Entry, str, Tensor]]:
         seen: set[int] = set()
         for entry in self.entries.values():
             for name, latent in entry.latents.items():
-                if latent.is_floating_point() and id(latent) not in seen:
+                if latent.requires_grad and id(latent) not in seen:
                     seen.add(id(latent))
-                    yield entry.parameter, latent, name in entry.method.decayed
+                    yield entry, name, latent
 
     def state_dict(self) -> dict[str, Any]:
         latents = {name: {k: z.detach() for k, z in e.latents.items()} for name, e in self.entries.items()}

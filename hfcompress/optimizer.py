@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import Adam, Optimizer
 
 from hfcompress.compressor import Compressor
 from hfcompress.errors import ConfigError
@@ -14,8 +14,10 @@ class CompressedOptimizer(Optimizer):
     """Wraps `base`, a fresh torch optimizer over the model's parameters, so that claimed weights train as latents.
 
     `param_groups` are those of the model's parameters, because schedulers, gradient scalers and clipping look there;
-    what schedulers change in them (learning rates, momenta) is handed on to the base at every step. `state_dict` holds
-    the base's state, the latents and the step of the random draws, so that a resumed run continues bit for bit.
+    what schedulers change in them (learning rates, momenta) is handed on to the base at every step. Latents that their
+    method calls auxiliary are stepped by `auxiliary`, an Adam whose rates follow the schedule of the first group.
+    `state_dict` holds both optimizers' state, the latents and the step of the random draws, so that a resumed run
+    continues bit for bit.
 
     Raises ConfigError: `base` has already stepped.
     """
@@ -27,6 +29,8 @@ class CompressedOptimizer(Optimizer):
         self.base = base
         self.compressor = compressor
         self._outer_of = _move_to_latents(base, compressor)
+        own = [{"params": [latent], "lr": rate, "initial_lr": rate} for latent, rate in compressor.auxiliary()]
+        self.auxiliary = Adam(own) if own else None
         super().__init__(outer, base.defaults)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -37,6 +41,12 @@ class CompressedOptimizer(Optimizer):
             group.update({k: v for k, v in self.param_groups[outer].items() if k not in kept})
         self.compressor.pull_back()
         self.base.step()
+        if self.auxiliary is not None:
+            start, now = self.param_groups[0].get("initial_lr"), self.param_groups[0]["lr"]
+            for group in self.auxiliary.param_groups:
+                group["lr"] = group["initial_lr"] * (now / start if start else 1.0)
+            self.auxiliary.step()
+            self.auxiliary.zero_grad()
         for _, latent, _ in self.compressor.trained():
             latent.grad = None
         self.compressor.write()
@@ -58,6 +68,7 @@ class CompressedOptimizer(Optimizer):
             "state": {},
             "param_groups": groups,
             "base": self.base.state_dict(),
+            "auxiliary": None if self.auxiliary is None else self.auxiliary.state_dict(),
             "compressor": self.compressor.state_dict(),
         }
 
@@ -67,6 +78,8 @@ class CompressedOptimizer(Optimizer):
             raise ConfigError("the optimizer's state was saved without compression and cannot be resumed with it")
         self.compressor.load_state_dict(state_dict["compressor"])
         self.base.load_state_dict(state_dict["base"])
+        if self.auxiliary is not None:
+            self.auxiliary.load_state_dict(state_dict["auxiliary"])
         for group, saved in zip(self.param_groups, state_dict["param_groups"]):
             group.update(saved)
 

@@ -2,11 +2,14 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from types import MappingProxyType
 from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -68,6 +71,11 @@ class Reparameterization(ABC):
     """Latents that the slots of a group hold in common."""
     decayed: ClassVar[frozenset[str]] = frozenset()
     """Latents on which the optimizer's weight decay acts."""
+    frozen: ClassVar[frozenset[str]] = frozenset()
+    """Float latents that are constants all the same."""
+    auxiliary: ClassVar[Mapping[str, float]] = MappingProxyType({})
+    """Latents whose scale has nothing to do with that of weights (steps, thresholds, probability models), each with
+    the learning rate of the Adam that trains them beside the user's optimizer; it follows the user's schedule."""
 
     @property
     def noisy(self) -> bool:
@@ -96,6 +104,13 @@ class Reparameterization(ABC):
 
         Raises FormatError: the description is not one that `describe` gives for this slot.
         """
+
+    def rate_of_group(self, members: Sequence[tuple[Latents, Slot]]) -> Tensor:
+        """Bits of all slots that one rule claimed (at least one): a scalar, the sum of `rate`.
+
+        A method whose slots share a probability model may do better than one by one; a test holds both equal.
+        """
+        return torch.stack([self.rate(latents, slot) for latents, slot in members]).sum()
 
 
 def symbols_in(description: Description, name: str, count: int, low: int, high: int) -> NDArray[np.int32]:
