@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from hfcompress.methods import Uniform as Uniform
     from hfcompress.reparameterization import Kind as Kind
     from hfcompress.reparameterization import Reparameterization as Reparameterization
+    from hfcompress.saving import dequantize as dequantize
     from hfcompress.schema import Compression as Compression
     from hfcompress.schema import Distillation as Distillation
     from hfcompress.schema import Rule as Rule
@@ -34,6 +35,7 @@ _HOMES = {
     "Rule": "schema",
     "Seq2SeqCompressionTrainer": "trainer",
     "Uniform": "methods",
+    "dequantize": "saving",
     "load": "loading",
     "save": "checkpoint",
 }

@@ -25,7 +25,9 @@ from hfcompress.schema import Recipe
 
 TRAINING_PICTURE = "training.png"
 SIZES_PICTURE = "sizes.png"
+SCORES_PICTURE = "scores.png"
 """The pictures that a card shows where they lie in its folder."""
+_PICTURES = (TRAINING_PICTURE, SIZES_PICTURE, SCORES_PICTURE)
 
 
 def write_card(
@@ -43,7 +45,7 @@ def write_card(
 
     parts: of the compressed file (`results.by_kind`); samples: all answers on the test split, of which the
     worst and the middling are shown; command: what reproduces the run; recipe_text: the recipe as resolved,
-    in YAML. The pictures training.png and sizes.png are shown where they lie in the folder.
+    in YAML. The pictures training.png, scores.png and sizes.png are shown where they lie in the folder.
 
     Raises HFCompressError: no row for the compressed student, or parts that do not add up to its bytes.
     """
@@ -57,7 +59,7 @@ def write_card(
             f"{sum(part.bytes for part in parts)}; take both from the same file"
         )
     text = (
-        _environment()
+        environment()
         .get_template("model_card.md.j2")
         .render(
             recipe=recipe,
@@ -65,7 +67,7 @@ def write_card(
             results=results,
             command=command,
             data=data,
-            pictures={name for name in (TRAINING_PICTURE, SIZES_PICTURE) if (folder / name).is_file()},
+            pictures={name for name in _PICTURES if (folder / name).is_file()},
             metadata=_metadata(recipe, results, row, data).to_yaml(),
             **_said(recipe, results, row, parts, samples),
         )
@@ -87,7 +89,7 @@ def _said(
         "comparisons": list(say.comparisons(results, row)),
         "parts": say.part_table(parts, row) if parts else [],
         "making": list(say.making(recipe)),
-        "rules": say.rule_table(recipe),
+        "rules": say.rule_table(recipe.compression.rules),
         "samples": say.sample_table(samples),
         "answers": len(samples),
         "worst": say.WORST,
@@ -98,7 +100,8 @@ def _said(
     }
 
 
-def _environment() -> Environment:
+def environment() -> Environment:
+    """Where the templates of cards lie, and the filters they use."""
     environment = Environment(
         loader=PackageLoader("hfcompress"),
         undefined=StrictUndefined,
@@ -118,7 +121,7 @@ def _environment() -> Environment:
 
 def _metadata(recipe: Recipe, results: Results, row: Row, data: DataFacts | None) -> ModelCardData:
     dataset = say.dataset_of(recipe)
-    networks = (recipe.student, recipe.teacher)
+    networks = [network for network in (recipe.student, recipe.teacher) if network is not None]
     base = next((hub for network in networks if (hub := say.hub_id(network.pretrained or ""))), None)
     languages = [recipe.translation.source, recipe.translation.target] if recipe.translation else []
     codes = [code.group() for name in languages if (code := re.match(r"[a-z]{2,3}(?=[-_]|$)", name))]
@@ -145,7 +148,7 @@ def _task(recipe: Recipe) -> str:
 def _tags(recipe: Recipe) -> list[str]:
     bits = sorted({vars(rule.method)["bits"] for rule in recipe.compression.rules if "bits" in vars(rule.method)})
     tags = ["hfcompress", "compressed", *(["quantized"] if bits else []), *(f"{b}-bit" for b in bits)]
-    return [*tags, "knowledge-distillation"] if recipe.distillation.soft else tags
+    return [*tags, "knowledge-distillation"] if recipe.teacher and recipe.distillation.soft else tags
 
 
 def _eval_results(recipe: Recipe, results: Results, row: Row, data: DataFacts | None) -> list[EvalResult]:

@@ -11,7 +11,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from hfcompress.reparameterization import Kind
 from hfcompress.results import METRICS, Part, Results, Row, Sample, Score, readable_bytes
-from hfcompress.schema import ImageData, Network, Recipe, TranslationData
+from hfcompress.schema import ImageData, Network, Recipe, Rule, TranslationData
 
 WORST = TYPICAL = 4
 """Samples shown: so many of the lowest score, so many from the middle of the ranking."""
@@ -34,7 +34,7 @@ _CALLED = {
 def claim(recipe: Recipe, results: Results, row: Row) -> str:
     """Size and score in one sentence, beside those of the teacher (or else of the full-precision student)."""
     sentence = f"{readable_bytes(row.bytes)} on disk"
-    baseline = results.row("teacher") or results.row("student")
+    baseline = results.reference
     if baseline is not None and row.bytes:
         ratio = baseline.bytes / row.bytes
         times = f"{ratio:.1f} × smaller" if ratio >= 1 else f"{1 / ratio:.1f} × larger"
@@ -76,11 +76,12 @@ def _compare(score: Score, called: str, other: Score) -> str:
 
 def making(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """How the model came to be, as the recipe says: (what, how)."""
-    yield "Teacher", _network(recipe.teacher)
+    if recipe.teacher is not None:
+        yield "Teacher", _network(recipe.teacher)
     yield "Student", _network(recipe.student)
     weights, compression = recipe.distillation, recipe.compression
-    loss = f"{weights.hard:g} · cross-entropy"
-    if weights.soft:
+    loss = f"{weights.hard:g} · cross-entropy" if recipe.teacher is not None else "cross-entropy"
+    if weights.soft and recipe.teacher is not None:
         loss += f" + {weights.soft:g} · T² · KL(teacher ‖ student), T = {weights.temperature:g}"
     yield "Loss of both students", loss
     start = "the trained full-precision student" if compression.warm_start else "the student's starting point"
@@ -114,7 +115,7 @@ def score_table(results: Results) -> Table:
     heading = ["model", "parameters", "bytes", "× smaller", "bits per weight", "int8 + gzip"]
     table = [[*heading, *(METRICS[metric].heading for metric in results.metrics)]]
     for row in results.rows:
-        ratio = results.ratio_to_teacher(row)
+        ratio = results.times_smaller(row)
         table.append(
             [
                 f"**{row.title}** (this model)" if row.name == "compressed" else row.title,
@@ -137,10 +138,10 @@ def part_table(parts: Sequence[Part], row: Row) -> Table:
     return [*table, [*whole, "per parameter"]]
 
 
-def rule_table(recipe: Recipe) -> Table:
+def rule_table(rules: Sequence[Rule]) -> Table:
     """What is stored how, in order of precedence; a method's file says in its first line what it is."""
     table = [["weights named", "of kind", "stored by", "which is"]]
-    for rule in recipe.compression.rules:
+    for rule in rules:
         kinds = "any" if set(rule.kinds) == set(Kind) else ", ".join(kind.value for kind in rule.kinds)
         about = (sys.modules[type(rule.method).__module__].__doc__ or "").strip().partition("\n")[0]
         table.append([f"`{rule.pattern}`", kinds, f"`{rule.method}`", about])

@@ -1,23 +1,19 @@
 """Folders: what `save` writes and `load` reads. The compressed file lies beside an ordinary config.json."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hfcompress.coding import Symbols
 from hfcompress.compressor import Compressor, kind_of, unsaved
 from hfcompress.container import Reader, StoredSlot, Writer
 from hfcompress.errors import FormatError
 from hfcompress.files import write_atomically
-from hfcompress.sealed import FORMAT, VERSION
+from hfcompress.folder import save_config
 
 FILE_NAME = "model.hfcompress.safetensors"
 """Not model.safetensors: a reader without this package must stop, not start from random weights."""
@@ -27,7 +23,7 @@ WRAPPER_PREFIX = "timm_model."
 
 @dataclass(frozen=True)
 class PartSize:
-    """Where the bytes of one tensor go. `codes` are its share of the entropy-coded stream, in bits."""
+    """Where the bytes of one tensor go: `codes` bits of the entropy-coded stream, `arrays` bytes outside."""
 
     name: str
     shape: tuple[int, ...]
@@ -88,15 +84,15 @@ def to_bytes(model: nn.Module, compressor: Compressor | None) -> bytes:
 
 
 def save(model: nn.Module, folder: Path | str, compressor: Compressor | None = None) -> Sizes:
-    """Write `folder`/model.hfcompress.safetensors, and for a transformers model its config.json and generation config.
+    """Write `folder`/model.hfcompress.safetensors, and the config.json of a model of transformers or timm.
 
     The file is the old one or the new one, never a mixture: it is written beside, synced and renamed.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     data = to_bytes(model, compressor)
-    _save_config(model, folder)
     write_atomically(folder / FILE_NAME, data)
+    save_config(model, folder)
     return sizes(Reader(data))
 
 
@@ -127,21 +123,13 @@ def check_names(reader: Reader, wanted: dict[str, tuple[int, ...]], optional: se
 
 def sizes(reader: Reader) -> Sizes:
     """Bytes of every part of a file. A part that several tensors share is counted at the first."""
-    values = reader.values()
+    costs = reader.costs()
     seen: set[int] = set()
 
     def part_size(parts: list[int]) -> tuple[float, int]:
         fresh = [p for p in dict.fromkeys(parts) if p not in seen]
         seen.update(fresh)
-        codes, arrays = 0.0, 0
-        for part in fresh:
-            value = values[part]
-            if isinstance(value, Symbols):
-                table = reader.table_of(part)
-                codes += 0.0 if table.constant else table.bits(value)
-            else:
-                arrays += value.nbytes
-        return codes, arrays
+        return sum(costs[p][0] for p in fresh), sum(costs[p][1] for p in fresh)
 
     def measure() -> Iterator[PartSize]:
         for stored in reader.slots:
@@ -150,9 +138,7 @@ def sizes(reader: Reader) -> Sizes:
         for raw in reader.raw:
             yield PartSize(raw.name, raw.shape, raw.kind, "as it is", *part_size([raw.part]))
 
-    lengths = {name: array.nbytes for name, array in reader.arrays.items()}
-    header = reader.size - sum(lengths.values())
-    return Sizes(tuple(measure()), lengths.get("tables", 0), lengths["index"], header, reader.size)
+    return Sizes(tuple(measure()), reader.tables_size, reader.index_size, reader.header_size, reader.size)
 
 
 def _place(stored: StoredSlot) -> tuple[str, tuple[int, ...], str]:
@@ -177,22 +163,3 @@ def _saved_tensors(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
     for name, buffer in model.named_buffers():
         if name in persistent and name not in ignored:
             yield name, "buffer", buffer
-
-
-def _save_config(model: nn.Module, folder: Path) -> None:
-    from transformers import PreTrainedModel
-
-    if not isinstance(model, PreTrainedModel):
-        return
-    model.config.dtype = str(model.dtype).removeprefix("torch.")
-    model.config.architectures = [type(model).__name__]
-    with TemporaryDirectory() as temporary:  # transformers writes in place
-        model.config.save_pretrained(temporary)
-        if model.can_generate():
-            model.generation_config.save_pretrained(temporary)
-        written = {path.name: path.read_bytes() for path in Path(temporary).iterdir()}
-    config: dict[str, Any] = json.loads(written["config.json"])
-    config["quantization_config"] = {"quant_method": FORMAT, "format_version": VERSION}
-    written["config.json"] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
-    for name, data in written.items():
-        write_atomically(folder / name, data)

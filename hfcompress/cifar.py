@@ -4,11 +4,11 @@ A 3×3 convolution, three stages of n blocks with 16, 32 and 64 filters, global 
 6n + 2 layers. Shortcuts have no parameters (option A): every second pixel, missing filters filled with zeros.
 """
 
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
-import timm
 import torch
-from timm.models import register_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -78,23 +78,7 @@ class CifarResNet(nn.Module):
             raise ValueError("these networks are too small for gradient checkpointing")
 
 
-def register() -> None:
-    """Make cifar_resnet20, 32, 44, 56 and 110 known to timm (once)."""
-    if timm.is_model("cifar_resnet20"):
-        return
-    for depth in (20, 32, 44, 56, 110):
-        register_model(_entry_point(depth))
-
-
-def _entry_point(depth: int) -> Any:
-    def create(pretrained: bool = False, **arguments: Any) -> nn.Module:
-        if pretrained:
-            raise ValueError(f"cifar_resnet{depth} has no published weights in timm")
-        own = {k: v for k, v in arguments.items() if k not in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")}
-        model = CifarResNet(blocks=(depth - 2) // 6, **own)
-        vars(model)["pretrained_cfg"] = {**_CONFIG, "architecture": f"cifar_resnet{depth}"}  # timm reads it
-        return model
-
-    create.__name__ = f"cifar_resnet{depth}"
-    create.__module__ = __name__
-    return create
+ARCHITECTURES: dict[str, tuple[Callable[..., nn.Module], Mapping[str, Any]]] = {
+    f"cifar_resnet{depth}": (partial(CifarResNet, blocks=(depth - 2) // 6), _CONFIG) for depth in (20, 32, 44, 56, 110)
+}
+"""Name → (what builds it, timm's configuration of it)."""

@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 the user's input is wrong, 3 a compressed file is corrupt,
 import json
 import os
 from collections.abc import Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -15,9 +16,12 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
+from hfcompress.cli_files import commands
+from hfcompress.cli_files import console as _console
+from hfcompress.cli_translate import commands as translating
 from hfcompress.errors import HFCompressError
 
-_INTERRUPTED = "interrupted: the same 'hfcompress run' with --resume goes on from what was committed before"
+_INTERRUPTED = "interrupted: the same command with --resume goes on from what was committed before"
 
 
 class _Commands(TyperGroup):
@@ -48,6 +52,8 @@ app = typer.Typer(
 )
 recipes_app = typer.Typer(help="Recipes that come with the package.", invoke_without_command=True)
 app.add_typer(recipes_app, name="recipes")
+app.add_typer(commands)
+app.add_typer(translating)
 
 RecipeArgument = Annotated[
     str, typer.Argument(help="A recipe file, or the name of one that 'hfcompress recipes' lists.")
@@ -62,6 +68,16 @@ DataRoot = Annotated[
 ]
 
 
+_DRY = "Build everything and take two steps of each training, on random images where data is not there; keep nothing."
+
+
+class Split(StrEnum):
+    """The splits that models are scored on."""
+
+    TEST = "test"
+    VALIDATION = "validation"
+
+
 @app.command()
 def run(
     recipe: RecipeArgument,
@@ -71,14 +87,25 @@ def run(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run in the output folder first.")] = False,
     reuse: Annotated[
-        Optional[Path],  # noqa: UP045
+        Optional[list[Path]],  # noqa: UP045
         typer.Option(help="Another run's folder: take over its stages made with the same settings."),
     ] = None,
+    validation: Annotated[
+        bool, typer.Option("--validation", help="Score on the validation split too, into validation.json.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help=_DRY)] = False,
 ) -> None:
     """Train a teacher and a compressed student. Its file is scored; results and model card are written."""
-    from hfcompress.recipe import find
+    from hfcompress.recipe import find, load
 
     path = find(recipe)  # before what takes seconds to import
+
+    if dry_run:
+        from hfcompress.dry_run import dry_run as rehearse
+
+        for checked in load(path, overrides or ()):
+            rehearse(checked, data_root, _console())
+        return
 
     from hfcompress.run import run_file
 
@@ -89,20 +116,55 @@ def run(
         data_root=data_root,
         resume=resume,
         overwrite=overwrite,
-        reuse_from=reuse,
+        reuse_from=reuse or (),
+        validation=validation,
         console=_console(),
     )
 
 
 @app.command()
+def sweep(
+    sweep: Annotated[str, typer.Argument(help="A sweep file, or the name of one that 'hfcompress recipes' lists.")],
+    overrides: Overrides = None,
+    output: Annotated[Optional[Path], typer.Option(help="Output folder [default: sweeps/NAME]")] = None,  # noqa: UP045
+    data_root: DataRoot = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep in the output folder.")] = False,
+    only: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="Run only the points of this name; * and ? match anything."),
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="How many runs at once.")] = 1,
+    report: Annotated[bool, typer.Option("--report", help="Run nothing: write the table of what is there.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help=_DRY)] = False,
+) -> None:
+    """Run a grid of recipes. Bytes and scores of all seeds are written into a table, and a plot."""
+    from hfcompress.recipe import find
+    from hfcompress.sweep_schema import load_sweep
+
+    path = find(sweep)
+    plan = load_sweep(path, overrides or ())
+
+    from hfcompress.sweep import run_sweep
+
+    folder, command = output or Path("sweeps") / path.stem, (path, overrides or (), data_root)
+    options = {"data_root": data_root, "resume": resume, "only": only or (), "jobs": jobs, "console": _console()}
+    if run_sweep(plan, folder, command, report=report, dry_run=dry_run, **options):
+        raise typer.Exit(1)
+
+
+@app.command()
 def evaluate(
     models: Annotated[list[str], typer.Argument(help="Folders or Hub repositories, compressed or dense.")],
-    recipe: Annotated[str, typer.Option(help="The recipe whose test split and evaluation settings are used.")],
+    recipe: Annotated[str, typer.Option(help="The recipe whose data and evaluation settings are used.")],
     name: Annotated[Optional[str], typer.Option(help="Which recipe, where the file holds several.")] = None,  # noqa: UP045
     data_root: DataRoot = None,
+    split: Annotated[
+        Optional[list[Split]],  # noqa: UP045
+        typer.Option(help="Which of the recipe's splits to score on [default: test]", show_default=False),
+    ] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write scores and outputs here.")] = None,
 ) -> None:
-    """Score models on a recipe's test split. They are loaded as plain transformers loads them."""
+    """Score models on a recipe's test or validation split. They are loaded as plain transformers loads them."""
     from hfcompress.recipe import find, load
 
     recipes = load(find(recipe))  # before what takes seconds to import
@@ -111,34 +173,20 @@ def evaluate(
 
     if json_path is not None:
         json_path.parent.mkdir(parents=True, exist_ok=True)
-    scored = score_all(models, recipes, name, data_root, _console(stderr=True))
+    splits = split or [Split.TEST]
+    scored = score_all(models, recipes, name, data_root, _console(stderr=True), [of.value for of in splits])
     if json_path is not None:
         json_path.write_text(json.dumps(scored, ensure_ascii=False, indent=1), encoding="utf-8")
         return
     table = Table("model", "metric", "score", "95 % interval", "rows", "signature")
     for model, found in scored.items():
-        for metric, s in found["scores"].items():
+        every = [found["scores"], *found.get("also", {}).values()]
+        for metric, s in ((metric, s) for scores in every for metric, s in scores.items()):
             low, high = s["interval"]
             table.add_row(
                 escape(model), metric, f"{s['value']:.2f}", f"{low:.2f} – {high:.2f}", str(s["n"]), s["signature"]
             )
     _console().print(table)
-
-
-@app.command()
-def inspect(
-    path: Annotated[Path, typer.Argument(exists=True, help="A compressed file, or a folder that holds one.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
-) -> None:
-    """Show where a compressed file's bytes go. For every tensor: shape, method, bits per weight, bytes, share."""
-    from hfcompress.checkpoint import read, sizes
-    from hfcompress.inspection import print_sizes, record
-
-    found = sizes(read(path))
-    if as_json:
-        print(json.dumps(record(found), indent=1))
-    else:
-        print_sizes(found, _console())
 
 
 @recipes_app.callback()
@@ -169,11 +217,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     return 0
-
-
-def _console(stderr: bool = False) -> Console:
-    """Wide where there is no terminal: a file of its output then holds whole names."""
-    console = Console(stderr=stderr)
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = 200
-    return console

@@ -3,9 +3,11 @@
 latents z ──decode──▶ w ──copy──▶ model.parameters()        write()      once per optimizer step
     ▲                                  │ forward / backward of an untouched model
     └──────── vjp of decode ◀──── param.grad                pull_back()  + gradient of rate_weight · bits / weights
+
+The weight of the rate is given, or a target is, for which controller.py finds it step by step.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from hashlib import blake2b
@@ -15,8 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from hfcompress.controller import Controller, Outcome, balance, check
 from hfcompress.errors import ConfigError
 from hfcompress.reparameterization import Kind, Latents, Reparameterization, Slot
+from hfcompress.target import Target
 
 
 class RuleLike(Protocol):
@@ -45,13 +49,22 @@ class Compressor:
     """Holds the latents of every weight that a rule claims; the model's parameters stay plain leaf tensors.
 
     `rules`: in order of precedence, the first match wins; weights no rule claims stay as they are. `rate_weight`:
-    weight in the loss of the rate, in bits per claimed weight. `seed`: of training decodes that draw random numbers.
+    weight in the loss of the rate, in bits per claimed weight; or `target`: the size or sparsity for which to find it,
+    given the length of the training by `plan`. `seed`: of training decodes that draw random numbers.
 
     Raises ConfigError: a rule that claims nothing, two rules that claim one tied weight, a weight that is not finite
-    or beyond what its method can hold.
+    or beyond what its method can hold; a rate weight or a target (not both) that no method can be trained for.
     """
 
-    def __init__(self, model: nn.Module, rules: Sequence[RuleLike], *, rate_weight: float = 0.0, seed: int = 0) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        rules: Sequence[RuleLike],
+        *,
+        rate_weight: float = 0.0,
+        target: Target | None = None,
+        seed: int = 0,
+    ) -> None:
         self.model = model
         self.rate_weight = rate_weight
         self.seed = seed
@@ -70,11 +83,11 @@ class Compressor:
                 offset += parameter.numel()
             self._groups.append([self.entries[name] for _, name, _, _ in mine])
         self.weights = sum(e.slot.numel for e in self.entries.values())
-        if rate_weight > 0 and not self.rate().requires_grad:
-            raise ConfigError(
-                f"rate_weight is {rate_weight}, but no method of the rules has a rate that can be trained "
-                "(uniform and dense cost what they cost): set rate_weight to 0"
-            )
+        stored = sum(p.numel() for name, p in model.named_parameters() if name not in unsaved(model))
+        self.controller = None if target is None else Controller(target, stored)
+        wanted = target is not None or rate_weight > 0
+        self._priced = [e for g in self._groups if wanted and self._rate_of(g).requires_grad for e in g]
+        check(rate_weight, self.controller, trainable=bool(self._priced))
         self.write()
 
     @staticmethod
@@ -123,14 +136,45 @@ class Compressor:
             gradients.append(entry.parameter.grad)
         if edges:
             torch.autograd.backward(edges, gradients)
-        if self.rate_weight > 0:
-            (self.rate_weight / self.weights * self.rate()).backward()
+        if self._priced:
+            self._add_rate()
         self.step += 1
+
+    def _add_rate(self) -> None:
+        """The gradient of rate_weight · bits / weights, added to the latents'."""
+        bits = self.rate()
+        latents = [latent for _, _, latent in self._trained()]
+        gradients = torch.autograd.grad(bits, latents, allow_unused=True)
+        pairs = [(z, g) for z, g in zip(latents, gradients) if g is not None]
+        if self.controller is not None:
+            equal = balance([(z.grad, g) for z, g in pairs if z.grad is not None])
+            per_weight = None if equal is None else equal * self.weights
+            self.rate_weight = self.controller.update(bits.item(), self.sparsity(), per_weight)
+        for latent, gradient in pairs:
+            gradient *= self.rate_weight / self.weights
+            latent.grad = gradient if latent.grad is None else latent.grad.add_(gradient)
+
+    def plan(self, steps: int, measure: Callable[[], int]) -> None:
+        """With a target: a training of `steps` optimizer steps begins; `measure()` gives the file's bytes as of now."""
+        if self.controller is not None:
+            self.controller.plan(steps, measure)
+
+    def outcome(self) -> Outcome | None:
+        """How near the target, if there is one, the file comes now. Raises ConfigError: no training was planned."""
+        return None if self.controller is None else self.controller.measured(self.sparsity())
+
+    def sparsity(self) -> float:
+        """The fraction of zeros among the weights whose rate can be trained, as they stand in the model."""
+        zeros = [(entry.parameter == 0).sum() for entry in self._priced]
+        return float(torch.stack(zeros).sum()) / max(sum(e.slot.numel for e in self._priced), 1) if zeros else 0.0
 
     def rate(self) -> Tensor:
         """Bits of all slots: a scalar."""
-        bits = [g[0].method.rate_of_group([(e.latents, self._drawn(e)) for e in g]) for g in self._groups]
+        bits = [self._rate_of(group) for group in self._groups]
         return torch.stack(bits).sum() if bits else torch.zeros(())
+
+    def _rate_of(self, group: list[Entry]) -> Tensor:
+        return group[0].method.rate_of_group([(e.latents, self._drawn(e)) for e in group])
 
     @property
     def noisy(self) -> bool:
@@ -159,7 +203,8 @@ class Compressor:
 
     def state_dict(self) -> dict[str, Any]:
         latents = {name: {k: z.detach() for k, z in e.latents.items()} for name, e in self.entries.items()}
-        return {"step": self.step, "latents": latents}
+        controller = None if self.controller is None else self.controller.state_dict()
+        return {"step": self.step, "latents": latents, "controller": controller}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Latents and step as saved, and the weights they decode to. Raises ConfigError: other slots or shapes."""
@@ -171,6 +216,8 @@ class Compressor:
                 for key, latent in entry.latents.items():
                     latent.copy_(found[name][key])
         self.step = int(state["step"])
+        if self.controller is not None and state["controller"] is not None:
+            self.controller.load_state_dict(state["controller"])
         self.write()
 
     def _drawn(self, entry: Entry) -> Slot:

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset
-from PIL.Image import Image
 from sacrebleu.metrics import BLEU, CHRF
 from torch import Tensor, nn
 from transformers import (
@@ -17,12 +16,12 @@ from transformers import (
     TimmWrapperImageProcessor,
 )
 
-from hfcompress import cifar
+from hfcompress import zoo
 from hfcompress.checkpoint import FILE_NAME
 from hfcompress.compressor import unsaved
-from hfcompress.data import with_images
 from hfcompress.errors import DataError
 from hfcompress.networks import check_classifier, from_pretrained
+from hfcompress.pictures import Pictures
 from hfcompress.results import Sample, Score, wilson
 from hfcompress.schema import Evaluation
 
@@ -78,46 +77,40 @@ def corpus_scores(hypotheses: Sequence[str], references: Sequence[str], resample
 
 
 def score_images(
-    model: str, test: Dataset, settings: Evaluation, progress: Progress | None = None
+    model: str, test: Dataset, settings: Evaluation, progress: Progress | None = None, split: str = "test"
 ) -> tuple[dict[str, Score], list[Sample]]:
     """Top-1 accuracy in percent with Wilson's interval, and every row with the probability of its right label.
 
-    `test` has columns image and label. Raises DataError: nothing there that can be loaded, or the model's labels are
-    not the test split's; FormatError: a compressed file that is damaged or of another model.
+    `test` has columns image and label, `split` says what it is called. Raises DataError: nothing there that can be
+    loaded, or the model's labels are not the split's; FormatError: a compressed file that is damaged or of another
+    model.
     """
-    cifar.register()
+    zoo.register()
     network = from_pretrained(AutoModelForImageClassification, model).eval().to(_device())
     names = test.features["label"].names
     check_classifier(model, network, names)
     processor = TimmWrapperImageProcessor(network.config.pretrained_cfg, network.config.architecture)
-    rows = with_images(test, pixels(processor))
+    rows = Pictures(test, processor, in_memory=0)  # each is read once
     right: list[float] = []
     samples = []
     for start in range(0, len(test), settings.batch_size):
-        batch = rows[start : start + settings.batch_size]
-        labels = torch.tensor(batch["labels"])
+        batch = rows.__getitems__(range(start, min(start + settings.batch_size, len(test))))
+        labels = torch.tensor([row["labels"] for row in batch])
         with torch.inference_mode():
-            logits = network(torch.stack(batch["pixel_values"]).to(network.device)).logits.cpu()
+            logits = network(torch.stack([row["pixel_values"] for row in batch]).to(network.device)).logits.cpu()
         predicted, chance = logits.argmax(-1), logits.softmax(-1)[torch.arange(len(labels)), labels]
         right += (predicted == labels).tolist()
         samples += [
-            Sample(f"test image {start + i}", names[label], names[guess], 100 * float(p))
+            Sample(f"{split} image {start + i}", names[label], names[guess], 100 * float(p))
             for i, (label, guess, p) in enumerate(zip(labels.tolist(), predicted.tolist(), chance))
         ]
         if progress is not None:
             progress(start + len(labels), len(test))
     correct = int(sum(right))
-    signature = (
-        f"top1|split:test|size:{processor.data_config['input_size'][-1]}|crop_pct:{processor.data_config['crop_pct']}"
-    )
+    size, crop = processor.data_config["input_size"][-1], processor.data_config["crop_pct"]
+    signature = f"top1|split:{split}|size:{size}|crop_pct:{crop}"
     score = Score(100 * correct / len(test), len(test), signature, wilson(correct, len(test)))
     return {"accuracy": score}, samples
-
-
-def pixels(processor: TimmWrapperImageProcessor) -> Callable[[Image], Tensor]:
-    """PIL image → [channels, size, size], as `processor` prepares it, grey or in colour as its network expects."""
-    mode = "L" if processor.data_config["input_size"][0] == 1 else "RGB"
-    return lambda image: processor(image.convert(mode))["pixel_values"][0]
 
 
 def weight_bytes(folder: Path) -> int:

@@ -1,11 +1,18 @@
 """`load`: a model from a folder or repository, whichever of the two tasks it is for."""
 
 from pathlib import Path
+from typing import Any
 
-from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    AutoModelForSeq2SeqLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 import hfcompress.quantizer  # noqa: F401  (makes compressed folders readable)
-from hfcompress import cifar
+from hfcompress import zoo
 
 
 def load(model: Path | str, revision: str = "main") -> PreTrainedModel:
@@ -13,8 +20,12 @@ def load(model: Path | str, revision: str = "main") -> PreTrainedModel:
 
     Raises FormatError, IntegrityError: a compressed file that is damaged or of another model; OSError: nothing there.
     """
-    cifar.register()
     config = AutoConfig.from_pretrained(model, revision=revision)
-    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForImageClassification
-    loaded: PreTrainedModel = auto.from_pretrained(model, revision=revision)
+    loaded: PreTrainedModel = class_for(config).from_pretrained(model, revision=revision)
     return loaded.eval()
+
+
+def class_for(config: PretrainedConfig) -> Any:
+    """The class of transformers that makes such networks: translators have an encoder and a decoder, others see."""
+    zoo.register()  # our own small networks, which timm does not have
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForImageClassification

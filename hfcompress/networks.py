@@ -19,7 +19,7 @@ from transformers import (
     set_seed,
 )
 
-from hfcompress import cifar
+from hfcompress import zoo
 from hfcompress.compressor import unsaved
 from hfcompress.errors import ConfigError, DataError
 from hfcompress.schema import ImageData, Network
@@ -64,7 +64,7 @@ def classifier(
         return pretrained
     if network.timm is None:
         raise ConfigError("an image recipe's network is 'timm' or 'pretrained'")
-    cifar.register()
+    zoo.register()
     if not timm.is_model(network.timm):
         near = timm.list_models(f"*{network.timm[:6]}*")[:5]
         raise ConfigError(f"timm has no architecture '{network.timm}'; near ones: {', '.join(near) or 'none'}")
@@ -86,6 +86,8 @@ def classifier(
         raise ConfigError(f"timm's {network.timm} does not take these arguments: {error}") from error
     if network.weights is not None:
         _load_weights(model, network.weights, data_root)
+    else:
+        _start_as_timm_does(model)
     return model
 
 
@@ -139,6 +141,13 @@ def _marian_config(fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase, m
         "activation_function": "relu",
     }
     return MarianConfig(**{**given, **fields})
+
+
+def _start_as_timm_does(model: PreTrainedModel) -> None:
+    """Gives the network its own initial weights: transformers has drawn every layer's anew, all at one scale."""
+    config = model.config
+    own = timm.create_model(config.architecture, num_classes=config.num_labels, **(config.model_args or {}))
+    model.timm_model.load_state_dict(own.state_dict())
 
 
 def _load_weights(model: PreTrainedModel, weights: str, data_root: Path | None) -> None:

@@ -29,8 +29,11 @@ class CompressedOptimizer(Optimizer):
         self.base = base
         self.compressor = compressor
         self._outer_of = _move_to_latents(base, compressor)
-        own = [{"params": [latent], "lr": rate, "initial_lr": rate} for latent, rate in compressor.auxiliary()]
-        self.auxiliary = Adam(own) if own else None
+        own: dict[float, list[Tensor]] = {}
+        for latent, rate in compressor.auxiliary():
+            own.setdefault(rate, []).append(latent)
+        groups = [{"params": latents, "lr": rate, "initial_lr": rate} for rate, latents in own.items()]
+        self.auxiliary = Adam(groups) if groups else None
         super().__init__(outer, base.defaults)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -42,9 +45,10 @@ class CompressedOptimizer(Optimizer):
         self.compressor.pull_back()
         self.base.step()
         if self.auxiliary is not None:
-            start, now = self.param_groups[0].get("initial_lr"), self.param_groups[0]["lr"]
+            first = self.param_groups[0]
+            start = first.get("max_lr", first.get("initial_lr"))  # OneCycleLR's initial_lr is a 25th of what was given
             for group in self.auxiliary.param_groups:
-                group["lr"] = group["initial_lr"] * (now / start if start else 1.0)
+                group["lr"] = group["initial_lr"] * (first["lr"] / start if start else 1.0)
             self.auxiliary.step()
             self.auxiliary.zero_grad()
         for _, latent, _ in self.compressor.trained():

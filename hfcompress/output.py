@@ -1,6 +1,7 @@
 """The output folder of a run: refused, claimed, or left as it was found."""
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate import PartialState
@@ -8,23 +9,23 @@ from accelerate import PartialState
 from hfcompress.errors import ConfigError
 from hfcompress.files import write_atomically
 
-RESULTS, RECIPE, STAGES = "results.json", "recipe.yaml", "stages"
+RESULTS, RECIPE, STAGES, VALIDATION = "results.json", "recipe.yaml", "stages", "validation.json"
 
 
 class Output:
     """A folder for one run. resume: go on with the run that is in it; overwrite: delete that; with neither, refuse it.
 
-    reuse_from: another run's folder that is to be read. Nothing is touched before `claim`. Raises ConfigError.
+    reuse_from: other runs' folders that are to be read. Nothing is touched before `claim`. Raises ConfigError.
     """
 
-    def __init__(self, path: Path, *, resume: bool, overwrite: bool, reuse_from: Path | None) -> None:
+    def __init__(self, path: Path, *, resume: bool, overwrite: bool, reuse_from: Sequence[Path]) -> None:
         self.path, self.overwrite = path, overwrite
         if path.exists() and not path.is_dir():
             raise ConfigError(f"{path} is a file: give --output a folder")
         self.fresh = not path.exists() or not any(path.iterdir())
         self._check(resume)
-        if reuse_from is not None:
-            self._check_source(reuse_from)
+        for source in reuse_from:
+            self._check_source(source)
 
     def claim(self, recipe: str) -> None:
         """Make it this run's, on all processes; `recipe` is kept in it unless there is one from before."""

@@ -1,6 +1,6 @@
 """Recipes: read from YAML, changed by overrides, checked whole, written back; and those that are shipped."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from enum import Enum
@@ -28,9 +28,19 @@ def load(path: Path, overrides: Sequence[str] = ()) -> list[Recipe]:
     Raises ConfigError: one message with a line for each fault, each with its file and line, or its override.
     """
     documents = read(path)
+    if any(document.at("title") and document.at("recipe") for document in documents):
+        raise ConfigError(f"{path}: this is a sweep of recipes: it is run by 'hfcompress sweep'")
+    return resolve(documents, [(text, Place(str(path), override=text)) for text in overrides])
+
+
+def resolve(documents: list[Document], overrides: Iterable[tuple[str, Place]] = ()) -> list[Recipe]:
+    """The recipes that `documents` hold, changed by overrides (as in `load`), each with the place where it stands.
+
+    The documents are changed too. Raises ConfigError as `load` does.
+    """
     faults: list[Fault] = []
-    for text in overrides:
-        faults += _override(text, documents, Place(str(path), override=text))
+    for text, place in overrides:
+        faults += _override(text, documents, place)
     faults += _repeated_names(documents)
     recipes: list[Recipe] = []
     for document in documents:
@@ -92,7 +102,7 @@ def _override(text: str, documents: list[Document], place: Place) -> Iterator[Fa
     if not chosen:
         yield place, f"no recipe of this file has the name '{name}'{nearest(name, names)}"
         return
-    new = _value(value, place)
+    new = parse_value(value, place)
     misses: list[Fault] = []
     for document in chosen:
         try:
@@ -105,7 +115,8 @@ def _override(text: str, documents: list[Document], place: Place) -> Iterator[Fa
         yield from misses
 
 
-def _value(text: str, place: Place) -> Any:
+def parse_value(text: str, place: Place) -> Any:
+    """What an override says after `=`: a YAML scalar or flow collection. Raises ConfigError."""
     documents = parse(text, lambda line, column: place)
     value = documents[0].tree if documents else None
     if len(documents) > 1 or (isinstance(value, dict | list) and text.lstrip()[0] not in "{["):
@@ -165,7 +176,8 @@ class Shipped:
 def available(folder: Path = SHIPPED) -> list[Shipped]:
     """Every recipe file in `folder` and below, by name; none is validated.
 
-    Its description: the first line of its first recipe's `description`, or of the comment that opens it.
+    Its description: a sweep's title, the first line of its first recipe's `description`, or of the comment that opens
+    it.
     """
     return [Shipped(name, path, _description(path)) for name, path in _named(folder).items()]
 
@@ -191,7 +203,9 @@ def _named(folder: Path) -> dict[str, Path]:
 
 def _description(path: Path) -> str:
     try:
-        text = read(path)[0].at("description")
+        document = read(path)[0]
+        title = document.at("title")  # a sweep's
+        text = f"sweep: {title}" if isinstance(title, str) else document.at("description")
     except ConfigError:  # a broken file is listed too: running it tells what is wrong with it
         text = None
     if not isinstance(text, str) or not text:

@@ -39,16 +39,16 @@ def check(document: Document) -> Recipe | list[Fault]:
         # from JSON, strict mode takes lists for tuples and text for enums, and still no text for numbers
         recipe = TypeAdapter(Recipe).validate_json(json.dumps(document.tree))
     except ValidationError as error:
-        return faults + list(_explain(error, document))
+        return faults + list(explain(error, document))
     return faults or recipe
 
 
-def keys_at(address: Address) -> dict[str, Any] | None:
-    """The keys that a recipe may have at `address`, with their defaults; None where any key goes, or none.
+def keys_at(address: Address, root: Any = Recipe) -> dict[str, Any] | None:
+    """The keys that a document of type `root` may have at `address`, with their defaults; None: any key, or none, goes.
 
     A section that every recipe has defaults to MISSING, one that is there by choice (so is a method) to None.
     """
-    kind: Any = Recipe
+    kind: Any = root
     for step in address:
         if kind is Reparameterization:
             kind = BY_NAME.get(str(step))
@@ -101,13 +101,16 @@ _EXPECTED = {
 """What pydantic's types of error say was expected."""
 
 
-def _explain(error: ValidationError, document: Document, base: Address = ()) -> Iterator[Fault]:
-    """What pydantic found wrong with the value at `base`: one fault where no member of a union fits."""
+def explain(error: ValidationError, document: Document, base: Address = (), root: Any = Recipe) -> Iterator[Fault]:
+    """What pydantic found wrong with the value at `base`: one fault where no member of a union fits.
+
+    `root`: the dataclass that describes the whole document.
+    """
     misfits: dict[Address, list[ErrorDetails]] = defaultdict(list)
     for detail in error.errors(include_url=False):
         address = (*base, *detail["loc"])
         if detail["type"] not in _EXPECTED:
-            yield document.place(address), _other_fault(detail, address) + _overridden(document, address)
+            yield document.place(address), _other_fault(detail, address, root) + _overridden(document, address)
         elif detail["type"] != "too_short" or not detail["input"]:  # pydantic counts valid items only
             misfits[document.known(address)].append(detail)  # without a union's members, which pydantic appends
     for address, details in misfits.items():
@@ -126,16 +129,17 @@ def _expectation(detail: ErrorDetails) -> str:
     return _EXPECTED[detail["type"]].format(**context)
 
 
-def _other_fault(detail: ErrorDetails, address: Address) -> str:
-    section, key = dotted(address[:-1]), str(address[-1]) if address else ""
+def _other_fault(detail: ErrorDetails, address: Address, root: Any) -> str:
+    whole = root.__name__.lower()
+    section, key = dotted(address[:-1], whole), str(address[-1]) if address else ""
     match detail["type"]:
         case "missing":
             return f"{section}: '{key}' is missing"
         case "unexpected_keyword_argument" | "extra_forbidden":
-            return f"{section}: there is no key '{key}'{nearest(key, keys_at(address[:-1]) or {})}"
+            return f"{section}: there is no key '{key}'{nearest(key, keys_at(address[:-1], root) or {})}"
         case "value_error":
-            return f"{dotted(address)}: {detail['ctx']['error']}"
-    return f"{dotted(address)}: {detail['msg']}, found {show(detail['input'])}"
+            return f"{dotted(address, whole)}: {detail['ctx']['error']}"
+    return f"{dotted(address, whole)}: {detail['msg']}, found {show(detail['input'])}"
 
 
 def _overridden(document: Document, address: Address) -> str:
@@ -145,8 +149,8 @@ def _overridden(document: Document, address: Address) -> str:
     return f" (with override {', '.join(names)})" if names else ""
 
 
-def dotted(address: Address) -> str:
-    return ".".join(map(str, address)) or "recipe"
+def dotted(address: Address, whole: str = "recipe") -> str:
+    return ".".join(map(str, address)) or whole
 
 
 def show(value: Any) -> str:
@@ -185,7 +189,7 @@ def _field_faults(document: Document, section: Address, library: Any, withheld: 
             try:
                 TypeAdapter(_narrow(hints[name]), config=STRICT).validate_json(json.dumps(value))
             except ValidationError as error:
-                yield from _explain(error, document, address)
+                yield from explain(error, document, address)
 
 
 def _narrow(hint: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The end of a run for people to look at: its surroundings, a table, two pictures."""
+"""The end of a run for people to look at: its surroundings, a table, three pictures."""
 
 import importlib.metadata
 import io
@@ -14,7 +14,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -22,7 +22,7 @@ from rich.table import Table
 from hfcompress.files import write_atomically
 from hfcompress.results import BYTES_IN, METRICS, TITLES, Part, Results, Score, readable_bytes, wilson
 
-__all__ = ["hardware", "plot_sizes", "plot_training", "print_table", "versions", "wilson"]
+__all__ = ["hardware", "plot_scores", "plot_sizes", "plot_training", "print_table", "versions", "wilson"]
 
 # fmt: off
 _PACKAGES = (
@@ -80,7 +80,7 @@ def _cores() -> int:
 
 
 def print_table(results: Results, console: Console) -> None:
-    """A line per model: parameters, bytes, bits per weight, × smaller than the teacher, scores, yardstick."""
+    """A line per model: parameters, bytes, bits per weight, × smaller than the first, scores, yardstick."""
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     table.caption = "±: half the 95 % interval"
     table.add_column("model", min_width=10)  # the one that gives way: all of it fits 80 columns
@@ -88,7 +88,7 @@ def print_table(results: Results, console: Console) -> None:
     for heading in ("params", "bytes", "bits/\nweight", "×\nsmaller", *scores, "int8\n+ gzip"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in results.rows:
-        ratio = results.ratio_to_teacher(row)
+        ratio = results.times_smaller(row)
         table.add_row(
             row.title,
             readable_bytes(row.parameters).rstrip(" B"),  # the same digits and prefixes count weights
@@ -193,6 +193,37 @@ def plot_sizes(parts: Sequence[Part], path: Path, yardsticks: Mapping[str, int] 
     if yardsticks:
         _draw_measures(panels[1], measures, total)
     _save(figure, path)
+
+
+def plot_scores(results: Results, path: Path) -> bool:
+    """Draw each model's score, with its interval, against its bytes (log) into a PNG at `path`.
+
+    The metric is the one that speaks for the task. Without two models that have it nothing is written: False.
+    """
+    metric = next(iter(results.metrics), "")
+    rows = [row for row in results.rows if metric in row.scores and row.bytes]
+    if len(rows) < 2:
+        return False
+    figure = Figure((_WIDTH, 3.6), dpi=_DOTS, layout="constrained")
+    axes = figure.add_subplot()
+    for row, marker in zip(rows, "os^D"):
+        colour = _THIS if row.name == "compressed" else "#555555"
+        score = row.scores[metric]
+        spread = [[max(0.0, score.value - score.interval[0])], [max(0.0, score.interval[1] - score.value)]]
+        axes.errorbar([row.bytes], [score.value], spread, color=colour, marker=marker, capsize=3, linestyle="")
+        axes.annotate(row.title, (row.bytes, score.value), xytext=(7, 5), textcoords="offset points", color=colour)
+    _title(axes, "score against size")
+    axes.set(xlabel="bytes on disk", ylabel=METRICS[metric].heading, xscale="log")
+    least, most = min(row.bytes for row in rows), max(row.bytes for row in rows)
+    axes.set_xlim(least / 1.5, most * max(3.0, (most / least) ** 0.5))  # room for the names
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: readable_bytes(round(size)) if size >= 1 else ""))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.grid(color="#e4e4e4", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+    return True
 
 
 def _draw_parts(axes: Axes, ranked: Sequence[Part], total: int) -> None:

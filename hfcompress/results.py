@@ -108,6 +108,11 @@ class Results:
         return next((row for row in self.rows if row.name == name), None)
 
     @property
+    def reference(self) -> Row | None:
+        """What sizes are compared with: the teacher or, without one, the full-precision student."""
+        return self.row("teacher") or self.row("student")
+
+    @property
     def metrics(self) -> list[str]:
         """The metrics that any row has, the one that speaks for the task first."""
         return [metric for metric in METRICS if any(metric in row.scores for row in self.rows)]
@@ -116,6 +121,10 @@ class Results:
         """How many times smaller than the teacher `row` is on disk; None without a teacher."""
         teacher = self.row("teacher")
         return teacher.bytes / row.bytes if teacher and row.bytes else None
+
+    def times_smaller(self, row: Row) -> float | None:
+        """How many times smaller than the reference `row` is on disk; None without one."""
+        return self.reference.bytes / row.bytes if self.reference and row.bytes else None
 
     def to_json(self) -> str:
         """The text of results.json: the same results give the same bytes."""

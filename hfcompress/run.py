@@ -8,10 +8,7 @@ teacher ──▶ student ──▶ post_training          stages/…: each trai
 import json
 import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +17,23 @@ from accelerate import PartialState
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from hfcompress import checkpoint, report
+from hfcompress import checkpoint, report, teaching
 from hfcompress.card import write_card
 from hfcompress.compressor import Compressor
 from hfcompress.errors import HFCompressError
-from hfcompress.evaluate import int8_gzip_bytes, weight_bytes
+from hfcompress.files import write_atomically
 from hfcompress.loading import load as load_model
+from hfcompress.measure import row_of, score_afresh
 from hfcompress.networks import parameters
-from hfcompress.output import RECIPE, RESULTS, STAGES, Output
+from hfcompress.output import RECIPE, RESULTS, STAGES, VALIDATION, Output
 from hfcompress.progress import quiet_libraries
 from hfcompress.recipe import SHIPPED, dump, load
-from hfcompress.results import DataFacts, Results, Row, Sample, Score, by_kind
+from hfcompress.results import DataFacts, Results, Row, Sample, by_kind
+from hfcompress.saving import dequantize
 from hfcompress.schema import Network, Recipe
-from hfcompress.stages import MARKER, Stage, fingerprint, finished, reuse, train, training_arguments
-from hfcompress.tasks import Task, data_settings, task_of
+from hfcompress.stages import MARKER, Stage, fingerprints, finished, reuse, train, training_arguments
+from hfcompress.students import cut_of
+from hfcompress.tasks import Task, Translation, task_of
 from hfcompress.teacher import check
 
 
@@ -41,7 +41,8 @@ class Run:
     """One recipe in one output folder.
 
     resume: go on with what is there; overwrite: delete it first; with neither, a folder that holds a run is refused.
-    reuse_from: another run's folder, whose stages are taken over where they were made with the same settings.
+    reuse_from: other runs' folders, whose stages are taken over where they were made with the same settings.
+    validation: score on the validation split too, into validation.json (stage → metric → score).
     Nothing in the output folder is touched before the data has been read. Raises ConfigError, DataError, TeacherError,
     ResumeError, Interrupted.
     """
@@ -54,13 +55,14 @@ class Run:
         data_root: Path | None = None,
         resume: bool = False,
         overwrite: bool = False,
-        reuse_from: Path | None = None,
+        reuse_from: Sequence[Path] = (),
+        validation: bool = False,
         command: str = "hfcompress run",
         console: Console | None = None,
     ) -> None:
         self.recipe, self.output, self.data_root = recipe, output, data_root
-        self.reuse_from, self.command = reuse_from, command
-        self.console = console or Console()
+        self.reuse_from, self.command, self.wanted = reuse_from, command, fingerprints(recipe)
+        self.validation, self.console = validation, console or Console()
         # said outright: without a GPU it would take each of several processes for the only one
         cpu = recipe.training.get("use_cpu", not torch.accelerator.is_available())
         self.main = PartialState(cpu=cpu).is_main_process
@@ -69,11 +71,7 @@ class Run:
     def run(self) -> Results:
         """All stages, scores, results.json, pictures and the card; prints the table."""
         self._say(f"{self.recipe.name}: {self.recipe.description}".rstrip(": "), style="bold")
-        task = task_of(self.recipe, self.data_root)
-        self.folder.claim(dump(self.recipe))
-        facts = self._begin(task)
-        stages = self._stages(task)
-        PartialState().wait_for_everyone()
+        stages, facts = self.train(task_of(self.recipe, self.data_root))
         if not self.main:
             return Results((), self.recipe.seed, {}, {}, {})
         self.folder.keep(dump(self.recipe))  # resumed, it may score or describe otherwise than before
@@ -82,6 +80,14 @@ class Run:
         report.print_table(results, self.console)
         self._say(f"the compressed student, its card and its pictures are in {self.output / 'student'}")
         return results
+
+    def train(self, task: Task) -> tuple[dict[str, Stage], DataFacts]:
+        """All stages, on the data of `task`; nothing is scored."""
+        self.folder.claim(dump(self.recipe))
+        facts = self._begin(task)
+        stages = self._stages(task)
+        PartialState().wait_for_everyone()
+        return stages, facts
 
     def _begin(self, task: Task) -> DataFacts:
         """Vocabulary and tensors; then whether networks, rules and settings are possible, before any is trained."""
@@ -97,36 +103,35 @@ class Run:
     def _rehearse(self, task: Task) -> None:
         recipe = self.recipe
         for name, network in (("teacher", recipe.teacher), ("student", recipe.student), ("compressed", self._twin())):
-            training_arguments(name, task, self.output, self._settings(network))
-        done = finished("teacher", self.output / STAGES / "teacher", self._fingerprint())
-        teacher = load_model(done.folder) if done is not None else task.build(recipe.teacher, None)
+            if network is not None:
+                training_arguments(name, task, self.output, self._settings(network))
+        teacher = None
+        if recipe.teacher is not None:
+            done = finished("teacher", self.output / STAGES / "teacher", self.wanted["teacher"])
+            teacher = load_model(done.folder) if done is not None else task.build(recipe.teacher, None)
         student = task.build(recipe.student, teacher)
-        check(teacher, student)
+        if teacher is not None:
+            check(teacher, student)
         Compressor(student, recipe.compression.rules, rate_weight=recipe.compression.rate_weight)
 
     def _stages(self, task: Task) -> dict[str, Stage]:
         recipe = self.recipe
-        wanted = self._fingerprint()
-        teacher = self._stage("teacher", task, wanted, recipe.teacher, lambda: task.build(recipe.teacher, None), {})
+        network, teacher = recipe.teacher, None
+        if network is not None:
+            teacher = self._stage("teacher", task, network, lambda: task.build(network, None), {})
 
         def start() -> PreTrainedModel:
             """The student before any training; the same for both twins."""
-            return task.build(recipe.student, load_model(teacher.folder))
+            return task.build(recipe.student, load_model(teacher.folder) if teacher else None)
 
-        distilled = {"distillation": recipe.distillation}
-        wanted = fingerprint(teacher.fingerprint, asdict(recipe.student), asdict(recipe.distillation))
-        student = self._stage("student", task, wanted, recipe.student, start, distilled, teacher)
-        wanted = fingerprint(student.fingerprint, _rules(recipe))
-        post = self._post_training(task, wanted, student)
-        wanted = fingerprint(student.fingerprint, _rules(recipe), asdict(recipe.compression, dict_factory=_plain))
+        extra: dict[str, Any] = {"distillation": recipe.distillation} if teacher else {}
+        student = self._stage("student", task, recipe.student, start, extra, teacher)
+        post = self._post_training(task, student)
         begin = (lambda: load_model(student.folder)) if recipe.compression.warm_start else start
-        extra = {**distilled, "compression": recipe.compression}
-        compressed = self._stage("compressed", task, wanted, self._twin(), begin, extra, teacher)
-        return {"teacher": teacher, "student": student, "post_training": post, "compressed": compressed}
-
-    def _fingerprint(self) -> str:
-        """Of the teacher, and so of all that follows from it."""
-        return fingerprint(data_settings(self.recipe), asdict(self.recipe.teacher), self.recipe.training)
+        extra = {**extra, "compression": recipe.compression}
+        compressed = self._stage("compressed", task, self._twin(), begin, extra, teacher)
+        students = {"student": student, "post_training": post, "compressed": compressed}
+        return {"teacher": teacher, **students} if teacher else students
 
     def _twin(self) -> Network:
         """The student as it is trained compressed."""
@@ -140,16 +145,15 @@ class Run:
         self,
         name: str,
         task: Task,
-        wanted: str,
         network: Network,
         build: Callable[[], PreTrainedModel],
         extra: dict[str, Any],
         teacher: Stage | None = None,
     ) -> Stage:
-        folder = self.output / STAGES / name
+        folder, wanted = self.output / STAGES / name, self.wanted[name]
         found = finished(name, folder, wanted)
-        if found is None and self.reuse_from is not None:
-            found = reuse(name, self.reuse_from / STAGES / name, folder, wanted)
+        for other in self.reuse_from:
+            found = found or reuse(name, other / STAGES / name, folder, wanted)
         if found is not None:
             self._say(f"{name}: done before")
             return found
@@ -162,22 +166,38 @@ class Run:
                 trainer.model.save_pretrained(folder)
             task.save_processing(folder)
 
-        if network.training is None and name == "teacher":
+        if self._used_as_it_is(name, network):
             return self._as_it_is(name, folder, wanted, model, task)
+        if cut := cut_of(model):
+            self._say(f"{name}: {cut}")
         if teacher is not None:
-            extra = {**extra, "teacher": load_model(teacher.folder)}
+            shown = self.console if self.main else None
+            place = self.output / STAGES
+            taught = teaching.prepare(self.recipe, task, teacher.folder, place, self.data_root, shown)
+            extra = {**extra, "teacher": taught}
         self._say(f"{name}: training {parameters(model):,} parameters")
         return train(name, folder, wanted, task, model, self._settings(network), save, **extra)
 
+    def _used_as_it_is(self, name: str, network: Network) -> bool:
+        """A teacher without settings for training; and a student that has weights, but neither those nor a teacher."""
+        if network.training is not None:
+            return False
+        given = network.weights is not None or network.pretrained is not None
+        return name == "teacher" or (name == "student" and self.recipe.teacher is None and given)
+
     def _as_it_is(self, name: str, folder: Path, wanted: str, model: PreTrainedModel, task: Task) -> Stage:
+        least = self.recipe.distillation.least_bleu
+        if name == "teacher" and isinstance(task, Translation) and least:
+            bleu = teaching.check_direction(model, task.tokenizer, task.splits.validation, least)
+            self._say(f"{name}: BLEU {bleu:.1f} on the first validation pairs")
         if self.main:
-            model.save_pretrained(folder)
+            dequantize(model).save_pretrained(folder)  # a teacher may come from a compressed file
             task.save_processing(folder)
         return self._mark(name, folder, wanted)
 
-    def _post_training(self, task: Task, wanted: str, student: Stage) -> Stage:
+    def _post_training(self, task: Task, student: Stage) -> Stage:
         """The trained full-precision student, compressed as it is: the baseline."""
-        folder = self.output / STAGES / "post_training"
+        folder, wanted = self.output / STAGES / "post_training", self.wanted["post_training"]
         found = finished("post_training", folder, wanted)
         if found is not None:
             return found
@@ -197,18 +217,17 @@ class Run:
 
     def _score(self, stages: dict[str, Stage]) -> tuple[Results, list[Sample]]:
         """Every stage's folder, scored by a fresh process that has only the files."""
-        path = self.output / STAGES / "scores.json"
-        folders = [str(stage.folder) for stage in stages.values()]
-        options = ["--recipe", str(self.output / RECIPE), "--json", str(path)]
-        root = ["--data-root", str(self.data_root)] if self.data_root else []
         self._say("scoring the files in a fresh process")
-        done = subprocess.run([sys.executable, "-m", "hfcompress", "evaluate", *folders, *options, *root], check=False)
-        if done.returncode:
-            raise HFCompressError(f"scoring failed (exit code {done.returncode}); what it said stands above")
-        scored = json.loads(path.read_text(encoding="utf-8"))
+        path = self.output / STAGES / "scores.json"
+        folders = [stage.folder for stage in stages.values()]
+        splits = ("test", "validation") if self.validation else ("test",)
+        scored = score_afresh(folders, self.output / RECIPE, path, self.data_root, splits)
         rows: list[Row] = []
         for name, stage in stages.items():
-            rows.append(_row(name, stage, rows, scored[str(stage.folder)]["scores"]))
+            rows.append(row_of(name, stage.folder, scored[str(stage.folder)]["scores"], rows))
+        if self.validation:
+            also = {name: scored[str(stage.folder)]["also"]["validation"] for name, stage in stages.items()}
+            write_atomically(self.output / VALIDATION, json.dumps(also, indent=1).encode())
         seconds = {name: round(stage.seconds, 1) for name, stage in stages.items()}
         results = Results(tuple(rows), self.recipe.seed, report.versions(), report.hardware(), seconds)
         samples = [Sample(**s) for s in scored[str(stages["compressed"].folder)]["samples"]]
@@ -221,9 +240,10 @@ class Run:
         parts = by_kind(checkpoint.sizes(checkpoint.read(folder)))
         curves = {name: stage.history for name, stage in stages.items() if stage.history}
         report.plot_training(curves, folder / "training.png")
-        teacher, compressed = results.row("teacher"), results.row("compressed")
-        assert teacher is not None and compressed is not None
-        yardsticks = {"teacher": teacher.bytes, "this student in int8 + gzip": compressed.int8_gzip_bytes}
+        report.plot_scores(results, folder / "scores.png")
+        reference, compressed = results.reference, results.row("compressed")
+        assert reference is not None and compressed is not None
+        yardsticks = {reference.title: reference.bytes, "this student in int8 + gzip": compressed.int8_gzip_bytes}
         report.plot_sizes(parts, folder / "sizes.png", yardsticks)
         results.save(self.output / RESULTS)
         write_card(
@@ -247,7 +267,7 @@ def run_file(
     output: Path | None,
     overrides: Sequence[str] = (),
     data_root: Path | None = None,
-    reuse_from: Path | None = None,
+    reuse_from: Sequence[Path] = (),
     **options: Any,
 ) -> list[Results]:
     """Run every recipe of a file: one into `output` itself, several into folders of it by their names."""
@@ -262,7 +282,7 @@ def run_file(
         Run(
             recipe,
             place(output or Path("runs") / path.stem, recipe),
-            reuse_from=place(reuse_from, recipe) if reuse_from else None,
+            reuse_from=[place(other, recipe) for other in reuse_from],
             **options,
         )
         for recipe in recipes
@@ -276,21 +296,3 @@ def _command(path: Path, overrides: Sequence[str], data_root: Path | None) -> st
     name = Path("recipes") / path.resolve().relative_to(SHIPPED) if shipped else Path(path.name)
     root = ["--data-root", "FOLDER"] if data_root else []
     return shlex.join(["hfcompress", "run", name.as_posix(), *overrides, *root])
-
-
-def _row(name: str, stage: Stage, before: Sequence[Row], scores: dict[str, Any]) -> Row:
-    model, size = load_model(stage.folder), weight_bytes(stage.folder)
-    count = parameters(model)
-    # the yardstick of every student is the full-precision one: weights on a grid would gzip better
-    twin = next((row for row in before if row.name == "student"), None)
-    int8_gzip = int8_gzip_bytes(model) if twin is None else twin.int8_gzip_bytes
-    found = {metric: Score(**{**s, "interval": tuple(s["interval"])}) for metric, s in scores.items()}
-    return Row(name, count, size, 8 * size / count, int8_gzip, found)  # type: ignore[arg-type]
-
-
-def _rules(recipe: Recipe) -> list[Any]:
-    return [[r.pattern, [k.value for k in r.kinds], repr(r.method)] for r in recipe.compression.rules]
-
-
-def _plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    return {k: v for k, v in items if k != "rules"}

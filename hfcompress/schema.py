@@ -4,6 +4,8 @@ A recipe is one task (translation or image classification) run through four stag
 
     teacher ──▶ student (full precision) ──▶ post_training (the student's weights, compressed as they are)
         └─────▶ compressed (the same student, trained with compressed weights)
+
+With `teacher: null` there is no distillation: the student is trained on the labels alone, and is the reference.
 """
 
 import json
@@ -24,9 +26,11 @@ from pydantic.dataclasses import dataclass
 from hfcompress.errors import ConfigError
 from hfcompress.methods import BY_NAME
 from hfcompress.reparameterization import Kind, Reparameterization
+from hfcompress.target import Target
 
 STRICT = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True)
 Scalar = bool | int | float | str | None
+_Chosen = Annotated[int, Field(ge=1)] | Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
 TrainingSettings = dict[str, Any]  # any field of transformers' (Seq2Seq)TrainingArguments, by its own name
 
 
@@ -102,10 +106,16 @@ class Vocabulary:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Layers:
-    """A student cut from its teacher: this many layers, evenly spaced; weights carried over."""
+    """A student cut from its teacher, with its weights: layers, units of feed-forward layers, tokens.
 
-    encoder_layers: int = Field(ge=1)
-    decoder_layers: int = Field(ge=1)
+    Layers are so many, evenly spaced, or those whose indices are listed. `trim_vocabulary` leaves teacher and student
+    the tokens that the training data needs.
+    """
+
+    encoder_layers: _Chosen
+    decoder_layers: _Chosen
+    ffn_dim: int | None = Field(default=None, ge=1)  # null: the teacher's
+    trim_vocabulary: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -130,12 +140,47 @@ class Network:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class Filters:
+    """Which of the teacher's translations are left out, besides empty ones, copies and those in another script."""
+
+    length_ratio: float = Field(default=3.0, gt=1)  # this many times more or less than is usual in the corpus
+    least_score: float = -5.0  # mean log-probability of a token under the teacher, in nats
+    worst: float = Field(default=0.05, ge=0, lt=1)  # this share of what is left, by cross-entropy under the teacher
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Sequences:
+    """The teacher's translations of the training sources, on which students are trained in place of the references.
+
+    Of the `n_best` by beam search that one is taken which is nearest the reference by chrF.
+    """
+
+    beams: int = Field(default=5, ge=1)
+    n_best: int = Field(default=5, ge=1)
+    batch_size: int = Field(default=64, ge=1)
+    max_new_tokens: int = Field(default=128, ge=1)
+    shard_rows: int = Field(default=2000, ge=1)
+    monolingual: str | None = None  # more sources: a text file under --data-root, one sentence a line
+    keep_pairs: bool = False  # train on the references too
+    filters: Filters = field(default_factory=Filters)
+
+    @model_validator(mode="after")
+    def _of_the_beam(self) -> Self:
+        if self.n_best > self.beams:
+            raise ValueError(f"n_best {self.n_best} of {self.beams} beams: there are no more than beams")
+        return self
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Distillation:
     """loss = soft · T² · KL(teacher ‖ student) at temperature T + hard · cross-entropy (Polino et al. 2018, §2)."""
 
     soft: float = Field(default=0.7, ge=0)
     hard: float = Field(default=0.3, ge=0)
     temperature: float = Field(default=2.0, gt=0)
+    sequences: Sequences | None = None
+    cache: int | None = Field(default=None, ge=1)  # ask the teacher once, keep so many classes a token
+    least_bleu: float = Field(default=5.0, ge=0)  # of a translating teacher used as it is, on 100 validation pairs
 
 
 def _own_refusals_too(fields: object, construct: ValidatorFunctionWrapHandler) -> object:
@@ -179,8 +224,15 @@ class Compression:
     rules: tuple[Rule, ...] = Field(min_length=1)
     # start from the trained full-precision student instead of from its starting point
     warm_start: bool = False
-    rate_weight: float = Field(default=0.0, ge=0)  # weight of the rate (bits per parameter) in the loss
+    rate_weight: float = Field(default=0.0, ge=0)  # weight of the rate (bits per claimed weight) in the loss
+    target: Target | None = None  # the size or sparsity for which the rate's weight is found
     training: TrainingSettings | None = None  # on top of the student's; null: exactly the student's
+
+    @model_validator(mode="after")
+    def _one_wish(self) -> Self:
+        if self.rate_weight and self.target is not None:
+            raise ValueError("'target' finds the rate's weight itself: leave out 'target' or 'rate_weight'")
+        return self
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -212,7 +264,7 @@ class Recipe:
     translation: TranslationData | None = None
     images: ImageData | None = None
     vocabulary: Vocabulary | None = None
-    teacher: Network
+    teacher: Network | None
     student: Network
     distillation: Distillation = field(default_factory=Distillation)
     compression: Compression
@@ -224,8 +276,19 @@ class Recipe:
     def _one_task(self) -> Self:
         if (self.translation is None) == (self.images is None):
             raise ValueError("give exactly one of 'translation' and 'images'")
-        if self.teacher.from_teacher is not None:
+        on_disk = self.distillation.sequences is not None or self.distillation.cache is not None
+        if on_disk and (self.images is not None or self.teacher is None):
+            raise ValueError("distillation's 'sequences' and 'cache' are for a translation recipe with a teacher")
+        if self.teacher is None and self.student.from_teacher is not None:
+            raise ValueError("a student cut 'from_teacher' needs a teacher")
+        if self.teacher is not None and self.teacher.from_teacher is not None:
             raise ValueError("the teacher cannot be cut 'from_teacher'")
-        if (self.teacher.marian is not None) != (self.vocabulary is not None):
-            raise ValueError("a 'marian' teacher from scratch needs a 'vocabulary' section, and only it may have one")
+        if (self.first.marian is not None) != (self.vocabulary is not None):
+            role = "student" if self.teacher is None else "teacher"
+            raise ValueError(f"a 'marian' {role} from scratch needs a 'vocabulary' section, and only it may have one")
         return self
+
+    @property
+    def first(self) -> Network:
+        """The network that is there first, whose vocabulary holds for all: the teacher or, without one, the student."""
+        return self.teacher or self.student

@@ -5,7 +5,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from hfcompress.errors import ConfigError, ResumeError
 from hfcompress.files import write_atomically
 from hfcompress.progress import TrainingProgress
 from hfcompress.resume import CommitCheckpoints, newest, seconds_of
-from hfcompress.tasks import AugmentedImages, Task
+from hfcompress.schema import Recipe
+from hfcompress.tasks import AugmentedImages, Task, data_settings
 from hfcompress.trainer import hold_padding_row
 
 MARKER = "stage.json"
@@ -50,6 +51,17 @@ def fingerprint(*settings: Any) -> str:
     """The same settings give the same fingerprint; everything a stage depends on goes into it."""
     text = json.dumps(settings, sort_keys=True, default=repr)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def fingerprints(recipe: Recipe) -> dict[str, str]:
+    """Stage → the fingerprint of all that it is made of; a teacher's is there without one, of data and settings."""
+    teacher = fingerprint(data_settings(recipe), recipe.teacher and asdict(recipe.teacher), recipe.training)
+    loss = [asdict(recipe.distillation)] if recipe.teacher is not None else []
+    student = fingerprint(teacher, asdict(recipe.student), *loss)
+    rules = [[r.pattern, [k.value for k in r.kinds], repr(r.method)] for r in recipe.compression.rules]
+    compression = asdict(recipe.compression, dict_factory=lambda items: {k: v for k, v in items if k != "rules"})
+    post, compressed = fingerprint(student, rules), fingerprint(student, rules, compression)
+    return {"teacher": teacher, "student": student, "post_training": post, "compressed": compressed}
 
 
 def finished(name: str, folder: Path, wanted: str) -> Stage | None:

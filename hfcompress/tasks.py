@@ -1,14 +1,16 @@
 """The two tasks: what translation and image classification need that the other does not."""
 
 import json
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from torch import Tensor
 from transformers import (
     AutoTokenizer,
@@ -21,16 +23,20 @@ from transformers import (
 )
 
 from hfcompress import losses
-from hfcompress.data import Splits, is_local, label_names, load_images, load_translation, overlap, with_images
+from hfcompress.data import Splits, is_local, label_names, load_images, load_translation, overlap
 from hfcompress.errors import ResumeError
-from hfcompress.evaluate import Progress, pixels, score_images, score_translation
+from hfcompress.evaluate import Progress, score_images, score_translation
 from hfcompress.files import write_atomically
 from hfcompress.networks import classifier, from_pretrained, tokenizer_of, translator
+from hfcompress.pictures import Pictures
 from hfcompress.results import DataFacts, Sample, Score
 from hfcompress.schema import Augmentation, ImageData, Network, Recipe, TranslationData
 from hfcompress.teacher import check_vocabularies
 from hfcompress.tokenizer import encode_pairs, train_tokenizer
 from hfcompress.trainer import CompressionMixin, CompressionTrainer, Seq2SeqCompressionTrainer
+from hfcompress.trimming import trim_model, trim_tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 class Task(ABC):
@@ -57,8 +63,14 @@ class Task(ABC):
         """The tokenizer beside a model's files; image processors are in config.json."""
 
     @abstractmethod
-    def score(self, model: str, progress: Progress | None) -> tuple[dict[str, Score], list[Sample]]:
-        """Scores of a folder on the test split."""
+    def score(
+        self, model: str, progress: Progress | None, split: str = "test"
+    ) -> tuple[dict[str, Score], list[Sample]]:
+        """Scores of a folder on the split test or validation."""
+
+    def rows(self, split: str) -> Dataset:
+        """The split test or validation."""
+        return self.splits.test if split == "test" else self.splits.validation
 
 
 class Translation(Task):
@@ -72,16 +84,16 @@ class Translation(Task):
         self.splits = load_translation(data, data_root)
 
     def prepare(self, folder: Path) -> DataFacts:
-        self.tokenizer = self._tokenizer(folder)
+        self.tokenizer = self._trimmed(self._tokenizer(folder), folder / "trimmed")
         self.train = encode_pairs(self.splits.train, self.tokenizer, self.data, truncate=False)
         self.validation = encode_pairs(self.splits.validation, self.tokenizer, self.data, truncate=True)
         left_out = len(self.splits.train) - len(self.train)
         return DataFacts(_rows(self.splits), overlap(self.splits), left_out, is_local(self.data, self.data_root))
 
     def _tokenizer(self, folder: Path) -> PreTrainedTokenizerBase:
-        teacher = self.recipe.teacher
+        first = self.recipe.first
         if self.recipe.vocabulary is None:
-            return from_pretrained(AutoTokenizer, tokenizer_of(teacher), teacher.revision)
+            return from_pretrained(AutoTokenizer, tokenizer_of(first), first.revision)
         settings, wanted = folder / "settings", json.dumps(data_settings(self.recipe), sort_keys=True)
         if not settings.is_file():
             train_tokenizer(self.splits.train, self.data, self.recipe.vocabulary, folder)
@@ -93,11 +105,27 @@ class Translation(Task):
             )
         return AutoTokenizer.from_pretrained(folder)
 
+    def _trimmed(self, whole: PreTrainedTokenizerBase, folder: Path) -> PreTrainedTokenizerBase:
+        """The tokenizer of all networks, as the student's `trim_vocabulary` wants it; `kept` are its ids of old."""
+        self.kept: list[int] | None = None
+        layers = self.recipe.student.from_teacher
+        if layers is None or not layers.trim_vocabulary:
+            return whole
+        mark = folder / "kept.json"
+        if not mark.is_file():
+            train = self.splits.train
+            _, kept = trim_tokenizer(whole, list(train["source"]), list(train["target"]), folder)
+            write_atomically(mark, json.dumps(kept).encode())  # last: it says that the rest is there
+        self.kept = json.loads(mark.read_text(encoding="utf-8"))
+        logger.warning("The vocabulary keeps %d of %d tokens (trim_vocabulary).", len(self.kept), len(whole))
+        return AutoTokenizer.from_pretrained(folder)
+
     def build(self, network: Network, teacher: PreTrainedModel | None) -> PreTrainedModel:
-        if network.pretrained is not None and network is not self.recipe.teacher:
+        if network.pretrained is not None and network is not self.recipe.first:
             own = from_pretrained(AutoTokenizer, network.pretrained, network.revision)
             check_vocabularies(self.tokenizer, own)
-        return translator(network, self.tokenizer, self.data.max_length, self.recipe.seed, teacher)
+        model = translator(network, self.tokenizer, self.data.max_length, self.recipe.seed, teacher)
+        return trim_model(model, self.kept) if network.pretrained is not None and self.kept is not None else model
 
     def trainer_arguments(self, model: PreTrainedModel) -> dict[str, Any]:
         return {
@@ -107,11 +135,17 @@ class Translation(Task):
             "processing_class": self.tokenizer,
         }
 
+    def train_on(self, pairs: Dataset) -> None:
+        """Let students be trained on these pairs (columns source and target) from now on."""
+        self.train = encode_pairs(pairs, self.tokenizer, self.data, truncate=False)
+
     def save_processing(self, folder: Path) -> None:
         self.tokenizer.save_pretrained(folder)
 
-    def score(self, model: str, progress: Progress | None) -> tuple[dict[str, Score], list[Sample]]:
-        return score_translation(model, self.splits.test, self.recipe.evaluation, progress)
+    def score(
+        self, model: str, progress: Progress | None, split: str = "test"
+    ) -> tuple[dict[str, Score], list[Sample]]:
+        return score_translation(model, self.rows(split), self.recipe.evaluation, progress)
 
 
 class Images(Task):
@@ -120,9 +154,11 @@ class Images(Task):
     trainer = CompressionTrainer
     arguments = TrainingArguments
 
-    def __init__(self, recipe: Recipe, data: ImageData, data_root: Path | None) -> None:
+    def __init__(self, recipe: Recipe, data: ImageData, data_root: Path | None, splits: Splits | None = None) -> None:
+        """splits: in place of those that `data` names."""
         self.recipe, self.data, self.data_root = recipe, data, data_root
-        self.splits = load_images(data, data_root)
+        self.splits = splits or load_images(data, data_root)
+        self._pictures: dict[str, Pictures] = {}
 
     def prepare(self, folder: Path) -> DataFacts:
         return DataFacts(_rows(self.splits), local=is_local(self.data, self.data_root))
@@ -132,22 +168,28 @@ class Images(Task):
 
     def trainer_arguments(self, model: PreTrainedModel) -> dict[str, Any]:
         processor = TimmWrapperImageProcessor(model.config.pretrained_cfg, model.config.architecture)
-        rows = {
-            name: with_images(split, pixels(processor))
-            for name, split in (("train", self.splits.train), ("validation", self.splits.validation))
-        }
+        train, validation = (self._read(name, processor) for name in ("train", "validation"))
         return {
-            "train_dataset": AugmentedImages(rows["train"], self.data.augmentation, self.recipe.seed),
-            "eval_dataset": rows["validation"],
+            "train_dataset": AugmentedImages(train, self.data.augmentation, self.recipe.seed),
+            "eval_dataset": validation,
             "data_collator": _collate,
             "compute_metrics": _accuracy,
         }
 
+    def _read(self, split: str, processor: TimmWrapperImageProcessor) -> Pictures:
+        """A split as a network's processor prepares it, for all stages whose networks see images alike."""
+        key = f"{split} {processor.data_config}"
+        if key not in self._pictures:
+            self._pictures[key] = Pictures(getattr(self.splits, split), processor)
+        return self._pictures[key]
+
     def save_processing(self, folder: Path) -> None:
         """Nothing: config.json holds what the image processor needs."""
 
-    def score(self, model: str, progress: Progress | None) -> tuple[dict[str, Score], list[Sample]]:
-        return score_images(model, self.splits.test, self.recipe.evaluation, progress)
+    def score(
+        self, model: str, progress: Progress | None, split: str = "test"
+    ) -> tuple[dict[str, Score], list[Sample]]:
+        return score_images(model, self.rows(split), self.recipe.evaluation, progress, split)
 
 
 class AugmentedImages(torch.utils.data.Dataset[dict[str, Any]]):
@@ -158,6 +200,7 @@ class AugmentedImages(torch.utils.data.Dataset[dict[str, Any]]):
 
     def __init__(self, rows: Any, augmentation: Augmentation, seed: int) -> None:
         self.rows, self.augmentation, self.seed, self.epoch = rows, augmentation, seed, 0
+        self._drawn: tuple[int, np.ndarray] | None = None
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -166,17 +209,36 @@ class AugmentedImages(torch.utils.data.Dataset[dict[str, Any]]):
         return len(self.rows)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        item = self.rows[row]
-        return {**item, "pixel_values": self._augment(item["pixel_values"], row)}
+        return self.__getitems__([row])[0]
 
-    def _augment(self, image: Tensor, row: int) -> Tensor:
-        draw = np.random.default_rng((self.seed, self.epoch, row))
-        padding = self.augmentation.crop_padding
-        if padding:
-            top, left = draw.integers(0, 2 * padding + 1, size=2)
-            height, width = image.shape[-2:]
-            image = torch.nn.functional.pad(image, (padding,) * 4)[:, top : top + height, left : left + width]
-        return image.flip(-1) if self.augmentation.flip and draw.random() < 0.5 else image
+    def __getitems__(self, rows: Sequence[int]) -> list[dict[str, Any]]:
+        """Several rows in one go, as torch's DataLoader asks for them."""
+        together = isinstance(self.rows, Pictures)
+        found = self.rows.__getitems__(rows) if together else [self.rows[row] for row in rows]
+        if not (self.augmentation.crop_padding or self.augmentation.flip):
+            return found
+        images = self._augment(torch.stack([item["pixel_values"] for item in found]), rows)
+        return [{**item, "pixel_values": image} for item, image in zip(found, images.unbind())]
+
+    def _augment(self, images: Tensor, rows: Sequence[int]) -> Tensor:
+        top, left, mirrored = torch.from_numpy(self._draws()[:, list(rows)])
+        padding, (height, width) = self.augmentation.crop_padding, images.shape[-2:]
+        columns = torch.arange(width).expand(len(rows), -1)
+        if self.augmentation.flip:
+            columns = torch.where(mirrored[:, None] == 1, columns.flip(-1), columns)
+        images = torch.nn.functional.pad(images, (padding,) * 4)
+        y, x = top[:, None] + torch.arange(height), left[:, None] + columns
+        every = torch.arange(len(rows))[:, None, None, None]
+        channels = torch.arange(images.shape[1])[:, None, None]
+        return images[every, channels, y[:, None, :, None], x[:, None, None, :]]
+
+    def _draws(self) -> np.ndarray:
+        """The window's top and left and whether it is mirrored, of every row in this epoch: [3, rows]."""
+        if self._drawn is None or self._drawn[0] != self.epoch:
+            generator, count = np.random.default_rng((self.seed, self.epoch)), len(self.rows)
+            corners = generator.integers(0, 2 * self.augmentation.crop_padding + 1, (2, count))
+            self._drawn = self.epoch, np.concatenate([corners, generator.integers(0, 2, (1, count))])
+        return self._drawn[1]
 
 
 def task_of(recipe: Recipe, data_root: Path | None) -> Task:
@@ -192,7 +254,9 @@ def data_settings(recipe: Recipe) -> dict[str, Any]:
     data = recipe.translation or recipe.images
     assert data is not None
     vocabulary = asdict(recipe.vocabulary) if recipe.vocabulary else None
-    return {"data": asdict(data), "vocabulary": vocabulary, "seed": recipe.seed}
+    trimmed = recipe.student.from_teacher is not None and recipe.student.from_teacher.trim_vocabulary
+    kept = {"trim_vocabulary": True} if trimmed else {}
+    return {"data": asdict(data), "vocabulary": vocabulary, "seed": recipe.seed, **kept}
 
 
 def _rows(splits: Splits) -> dict[str, int]:

@@ -1,8 +1,10 @@
 """A frozen teacher, and the checks that teacher and student speak of the same classes."""
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -51,6 +53,14 @@ def check_vocabularies(teacher: PreTrainedTokenizerBase, student: PreTrainedToke
             f"teacher and student vocabularies differ in {len(conflicts)} of {max(len(theirs), len(ours))} ids "
             f"(id: teacher / student): {listing}. Give the student the teacher's tokenizer"
         )
+
+
+def digest_of(teacher: nn.Module) -> str:
+    """SHA-256 of its weights and their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(teacher.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def logits_of(outputs: Any) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,19 +13,18 @@ from torch.optim import Optimizer
 from transformers import (
     Seq2SeqTrainer,
     Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
 )
 from transformers.trainer_utils import TrainOutput
 
-from hfcompress import checkpoint, losses
+from hfcompress import checkpoint, hub, losses
+from hfcompress.callbacks import BestLatents, MissedTarget, load_latents
 from hfcompress.compressor import Compressor
 from hfcompress.errors import ConfigError, ResumeError
 from hfcompress.optimizer import CompressedOptimizer
+from hfcompress.padding import hold_padding_row
 from hfcompress.schema import Compression, Distillation, Rule
 from hfcompress.teacher import check, freeze, logits_of
+from hfcompress.teacher_cache import TeacherCache, WithTeacher, take
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Parent
@@ -36,8 +36,8 @@ class CompressionMixin(_Parent):
     """Adds `teacher=`, `distillation=` and `compression=` to a transformers trainer; the rest is the parent's.
 
     teacher: a model whose logits have the student's classes. It is frozen and moved to the student's device, neither
-    wrapped nor saved. distillation: weights and temperature of its loss. compression: rules (or a `Compression`) for
-    the student's weights.
+    wrapped nor saved. Or its cache for the training dataset: then no teacher is in memory. distillation: weights and
+    temperature of its loss. compression: rules (or a `Compression`) for the student's weights.
 
     The loss is soft · T² · KL + hard · cross-entropy (without a teacher: cross-entropy), each a sum over the labels
     ≠ −100 divided by their number in the whole optimizer step, all micro-batches and processes together, so that the
@@ -48,12 +48,13 @@ class CompressionMixin(_Parent):
     Raises TeacherError, ConfigError.
     """
 
+    data_collator: Any
     loss_is_scaled_for_ga = True  # transformers ≥ 5.18: the parent must not divide the loss once more
 
     def __init__(
         self,
         *args: Any,
-        teacher: nn.Module | None = None,
+        teacher: nn.Module | TeacherCache | None = None,
         distillation: Distillation | None = None,
         compression: Compression | Sequence[Rule] | None = None,
         **kwargs: Any,
@@ -65,8 +66,11 @@ class CompressionMixin(_Parent):
             raise ConfigError("teacher= and compute_loss_func= cannot both say what the loss is")
         self.model_accepts_loss_kwargs = True  # makes the parent count the labels of the whole step
         self.distillation = distillation or Distillation()
-        self.teacher = None
-        if teacher is not None:
+        self.teacher = self.cache = None
+        if isinstance(teacher, TeacherCache):
+            teacher.check_temperature(self.distillation.temperature)
+            self.cache = teacher
+        elif teacher is not None:
             check(teacher, self.model)
             self.teacher = freeze(teacher).to(self.args.device)
         if teacher is not None or compression is not None:
@@ -95,8 +99,10 @@ class CompressionMixin(_Parent):
         if self.args.world_size > 1:  # DDP gives rank 0's weights to all; the latents must be made of the same
             for parameter in self.model.parameters():
                 torch.distributed.broadcast(parameter.data, src=0)
-        compressor = Compressor(self.model, compression.rules, rate_weight=compression.rate_weight, seed=self.args.seed)
-        self.add_callback(_BestLatents(compressor))
+        weight, target, seed = compression.rate_weight, compression.target, self.args.seed
+        compressor = Compressor(self.model, compression.rules, rate_weight=weight, target=target, seed=seed)
+        self.add_callback(BestLatents(compressor))
+        self.add_callback(MissedTarget(compressor))
         return compressor
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
@@ -106,6 +112,12 @@ class CompressionMixin(_Parent):
         if self.compressor is not None and not isinstance(inner, CompressedOptimizer):
             optimizer = self.optimizer = CompressedOptimizer(optimizer, self.compressor)
         return optimizer
+
+    def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
+        """The parent's; the compressor learns here how many steps it has to come to its target."""
+        if self.compressor is not None:
+            self.compressor.plan(num_training_steps, lambda: len(checkpoint.to_bytes(self.model, self.compressor)))
+        return super().create_scheduler(num_training_steps, *args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """The parent's."""
@@ -130,6 +142,7 @@ class CompressionMixin(_Parent):
         """Sums over counted labels ÷ their number in the step. Labels: integers, or probabilities [..., classes]."""
         if "labels" not in inputs or self.compute_loss_func is not None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        cached = take(inputs)
         labels = inputs["labels"]
         forward = self._without_labels(inputs)
         outputs = model(**forward)
@@ -137,10 +150,8 @@ class CompressionMixin(_Parent):
         divisor, scale = self._normalisation(model, labels, num_items_in_batch)
         parts = {"ce": losses.cross_entropy(logits, labels, self.args.label_smoothing_factor) * scale / divisor}
         loss = parts["ce"]
-        if self.teacher is not None and model.training:
-            with torch.no_grad(), self.accelerator.autocast():
-                teacher_logits = logits_of(self.teacher(**forward))
-            soft = losses.distillation(logits, teacher_logits, labels, self.distillation.temperature)
+        if (self.teacher is not None or cached) and model.training:
+            soft = self._soft(logits, labels, forward, cached)
             parts["kd"] = soft * scale / divisor
             loss = self.distillation.hard * parts["ce"] + self.distillation.soft * parts["kd"]
             self._note(parts)
@@ -152,14 +163,43 @@ class CompressionMixin(_Parent):
             "loss": loss,
         }
 
+    def _soft(self, logits: Tensor, labels: Tensor, forward: dict[str, Any], cached: dict[str, Tensor]) -> Tensor:
+        """The teacher's part, summed over the counted labels."""
+        temperature = self.distillation.temperature
+        if self.teacher is None:
+            return losses.cached_distillation(logits, cached, labels, temperature)
+        with torch.no_grad(), self.accelerator.autocast():
+            teacher_logits = logits_of(self.teacher(**forward))
+        return losses.distillation(logits, teacher_logits, labels, temperature)
+
+    def get_train_dataloader(self) -> Any:
+        """The parent's; its batches have what the teacher's cache holds of their rows."""
+        if self.cache is None:
+            return super().get_train_dataloader()
+        plain: Any = self.data_collator
+        self.data_collator = WithTeacher(plain, self.cache)
+        loader = super().get_train_dataloader()
+        self.data_collator = plain
+        return loader
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """The parent's log line, with both parts of the training loss beside their sum."""
+        """The parent's log line, with both parts of the training loss beside their sum, and the way to a target."""
         steps = self.state.global_step - self._parts_since
         if "loss" in logs and self._parts and steps > 0:
             for name, part in self._parts.items():
                 logs[name] = self.accelerator.gather(part).mean().item() / steps
             self._parts = {}
+        if "loss" in logs and self.compressor is not None and self.compressor.controller is not None:
+            logs |= self.compressor.controller.log_line()
         super().log(logs, start_time)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """With a target, a model that has not come to it is none of those that can be the best."""
+        controller = None if self.compressor is None else self.compressor.controller
+        if controller is not None and not controller.settled:
+            return False
+        best: bool = super()._determine_best_metric(metrics, trial)
+        return best
 
     def _note(self, parts: dict[str, Tensor]) -> None:
         if not self._parts:
@@ -179,7 +219,7 @@ class CompressionMixin(_Parent):
         # tied weights are saved once: what the names of a checkpoint leave out is there under another name
         self.model.load_state_dict(load_file(weights), strict=False)
         if self.compressor is not None:
-            _load_latents(self.compressor, folder)
+            load_latents(self.compressor, folder)
 
     def save_compressed(self, folder: Path | str) -> checkpoint.Sizes:
         """Write the compressed file with its config (and tokenizer or image processor) to `folder`; rank 0 only."""
@@ -192,6 +232,30 @@ class CompressionMixin(_Parent):
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
         return sizes
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The parent's; with compression, what `save_compressed` writes, in one commit without the dense weights."""
+        if self.compressor is None:
+            return super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        if not self.is_world_process_zero():
+            return None
+        self._finish_current_push()
+        with TemporaryDirectory() as folder:
+            hub.write_short_card(folder, self.hub_model_id, self.save_compressed(folder), self.state.log_history)
+            where: dict[str, Any] = {"revision": revision or self.args.hub_revision or "main"}
+            where |= {"token": token or self.args.hub_token, "message": commit_message or "End of training"}
+            return hub.push(Path(folder), self.hub_model_id, replaces_dense=True, **where)
 
     def _without_labels(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The model must not compute a loss of its own: it would be averaged over the micro-batch."""
@@ -224,46 +288,3 @@ class CompressionTrainer(CompressionMixin, Trainer):
 
 class Seq2SeqCompressionTrainer(CompressionMixin, Seq2SeqTrainer):
     """transformers' Seq2SeqTrainer with a teacher and compression; see `CompressionMixin`."""
-
-
-class _BestLatents(TrainerCallback):
-    """`load_best_model_at_end` brings back the best weights; this brings back the latents they were decoded from."""
-
-    def __init__(self, compressor: Compressor) -> None:
-        self.compressor = compressor
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if not args.load_best_model_at_end or state.best_model_checkpoint is None:
-            return
-        _load_latents(self.compressor, Path(state.best_model_checkpoint))
-
-
-def _load_latents(compressor: Compressor, checkpoint_folder: Path) -> None:
-    path = checkpoint_folder / "optimizer.pt"
-    if not path.is_file():
-        raise ResumeError(f"{checkpoint_folder} has no {path.name}: its latents are lost, only weights remain")
-    saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    if "compressor" not in saved:
-        raise ResumeError(f"{path} was saved without compression: it has no latents")
-    compressor.load_state_dict(saved["compressor"])
-
-
-def hold_padding_row(model: nn.Module) -> None:
-    """Keep the padding row of a tied embedding where it is.
-
-    Untied, `padding_idx` sees to that; tied, the output projection's gradient moves it off zero, which greedy readers
-    such as CTranslate2 take for granted.
-    """
-    names: dict[int, int] = {}
-    for _, parameter in model.named_parameters(remove_duplicate=False):
-        names[id(parameter)] = names.get(id(parameter), 0) + 1
-    held: set[int] = set()
-    for module in model.modules():
-        if isinstance(module, nn.Embedding) and module.padding_idx is not None and module.weight.requires_grad:
-            key = id(module.weight)
-            if names[key] > 1 and key not in held:
-                held.add(key)
-                row = torch.tensor([module.padding_idx])
-                module.weight.register_hook(lambda g, row=row: g.index_fill(0, row.to(g.device), 0.0))

@@ -25,7 +25,9 @@ _MAX_DEPTH = 32
 
 @dataclass(frozen=True, order=True)
 class Place:
-    """Where something was written: a line (from 1; column 0: all of it) of a file, or an override of it."""
+    """Where something was written: a line (from 1; column 0: all of it) of a file, or an override of it, which may
+    itself stand in a line.
+    """
 
     file: str
     line: int = 0
@@ -34,7 +36,7 @@ class Place:
 
     def __str__(self) -> str:
         if self.override:
-            return f"{self.file}: override '{self.override}'"
+            return f"{self.file}{f':{self.line}' if self.line else ''}: override '{self.override}'"
         return f"{self.file}:{self.line}" + (f":{self.column}" if self.column else "")
 
 

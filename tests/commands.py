@@ -45,8 +45,8 @@ def hfcompress(said: Path, *arguments: object, **environment: str) -> Done:
     """The same in a process that has imported everything already; `said`: a folder for what it says."""
     files = said / "out", said / "err"
     process = start(files, *arguments, **environment)
-    process.join(300)
-    assert process.exitcode is not None, "still running after five minutes"
+    process.join(900)  # for machines that have other things to do
+    assert process.exitcode is not None, "still running after a quarter of an hour"
     return Done(process.exitcode, *(file.read_text(encoding="utf-8") for file in files))
 
 

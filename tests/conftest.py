@@ -28,7 +28,7 @@ from transformers import (
     set_seed,
 )
 
-from hfcompress import cifar
+from hfcompress import zoo
 from hfcompress.compressor import Compressor
 from hfcompress.methods import Dense, Uniform
 from hfcompress.reparameterization import Kind
@@ -69,7 +69,7 @@ def make_model(name: str) -> PreTrainedModel:
         model = AutoModelForSeq2SeqLM.from_config(TRANSLATORS[name]())
         model.generation_config.max_length = 12
     else:
-        cifar.register()
+        zoo.register()
         size = 32 if name == "cifar_resnet20" else 64
         config = TimmWrapperConfig(
             architecture=name,

@@ -27,7 +27,7 @@ from transformers import (
     set_seed,
 )
 
-from hfcompress import Compression, Rule, Uniform, cifar
+from hfcompress import Compression, Rule, Uniform, zoo
 from hfcompress.reparameterization import Kind
 from hfcompress.results import DataFacts
 from hfcompress.schema import Augmentation
@@ -147,7 +147,7 @@ def vit(seed: int = 0) -> TimmWrapperForImageClassification:
 
 
 def _timm(architecture: str, seed: int, **config) -> TimmWrapperForImageClassification:
-    cifar.register()
+    zoo.register()
     set_seed(seed)
     cfg = {"input_size": [3, 8, 8], "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 1.0, "interpolation": "bicubic"}
     names = {i: f"digit {i}" for i in range(10)}

@@ -131,7 +131,7 @@ def recipe_of(text: str, folder: Path) -> Recipe:
 
 
 def translation_card(folder: Path) -> str:
-    for picture in ("training.png", "sizes.png"):
+    for picture in ("training.png", "sizes.png", "scores.png"):
         (folder / picture).touch()
     data = DataFacts({"train": 29_000, "validation": 1_014, "test_2016_flickr": 1_000}, overlap=2, left_out=7)
     recipe = recipe_of(TRANSLATION, folder)

@@ -25,7 +25,7 @@ from hfcompress.networks import classifier
 from hfcompress.recipe import available, load
 from hfcompress.stages import MARKER
 
-COMMANDS = ("run", "evaluate", "inspect", "recipes", "recipes show")
+COMMANDS = ("run", "sweep", "evaluate", "compress", "inspect", "verify", "export", "push", "recipes", "recipes show")
 DIGITS = """\
 name: tiny
 images: {embedded: digits, size: 8, mean: [0.3], std: [0.4], train_rows: 64, test_rows: 20}
@@ -63,7 +63,7 @@ from hfcompress import cli
 codes = [cli.main([*command.split(), "--help"]) for command in ("", *sys.argv[1:])]
 print(codes, [name for name in ("torch", "transformers", "datasets", "timm", "numpy") if name in sys.modules])
 """
-    assert run_python(code, *COMMANDS).splitlines()[-1] == f"{[0] * 6} []"
+    assert run_python(code, *COMMANDS).splitlines()[-1] == f"{[0] * (1 + len(COMMANDS))} []"
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -74,7 +74,7 @@ def test_every_command_explains_itself(command, said):
 
 def test_the_help_names_every_command_and_cuts_no_sentence(said):
     done = hfcompress(said, "--help")
-    for command in ("run", "evaluate", "inspect", "recipes"):
+    for command in COMMANDS[:-1]:
         assert re.search(rf"^ +{command} +\w.*\.$", done.out, re.MULTILINE)
     assert "..." not in done.out.partition("Commands:")[2]
 
@@ -162,6 +162,16 @@ def test_evaluate_prints_a_table(digits, said):
     (line,) = (line for line in done.out.splitlines() if str(model) in line)
     value, low, high, rows = re.search(r"accuracy +│ +([\d.]+) +│ ([\d.]+) – ([\d.]+) +│ (\d+)", line).groups()
     assert float(low) <= float(value) <= float(high) and rows == "20" and "top1|split:test|size:8" in line
+
+
+def test_evaluate_on_both_splits(digits, said):
+    model, both = digits / "model [1]", ("--split", "validation", "--split", "test")
+    done = hfcompress(said, "evaluate", model, "--recipe", digits / "tiny.yaml", *both, "--json", said / "scores")
+    assert done.code == 0 and re.search(r"^model \[1\]: accuracy \d+\.\d\d \(validation\)$", done.err, re.MULTILINE)
+    (found,) = json.loads((said / "scores").read_bytes()).values()
+    assert "split:validation" in found["scores"]["accuracy"]["signature"] and len(found["samples"]) == 200
+    assert "split:test" in found["also"]["test"]["accuracy"]["signature"]
+    assert found["samples"][0]["source"] == "validation image 0"
 
 
 def test_on_a_terminal_there_is_a_bar(digits, said):

@@ -9,20 +9,39 @@ import hfcompress
 
 ROOT = Path(hfcompress.__file__).parent
 FLOORS = """
-errors rounding losses files plugin progress cifar
-coding sealed output
-reparameterization
-methods.dense methods.uniform
-methods
-compressor container schema
-optimizer checkpoint
-teacher students sources corpora yaml_lines
-networks data tokenizer results recipe_checks
-evaluate recipe quantizer
-trainer resume loading inspection
+errors rounding losses probe padding files plugin progress cifar paper_networks density jobs
+coding.bits coding.symbols sealed output zoo
+coding
+coding.tables coding.contexts
+coding.fast coding.pool coding.classes
+coding.rans
+coding.plan coding.decoder
+reparameterization target
+controller
+methods.dense methods.entropy methods.hashing methods.levels methods.threshold methods.uniform
+methods index
+parts
+compressor container schema folder
+optimizer checkpoint callbacks
+redistribution teacher trimming students sources corpora yaml_lines
+networks data teacher_cache filters positions tokenizer results recipe_checks saving
+pictures
+evaluate translate recipe quantizer
+loading inspection
+verify originals
+compress_rules
+hub compress export_ctranslate2 export_onnx
+trainer resume export
 card_text report tasks
-card stages scoring
-run
+card stages scoring measure teaching
+plain_card run translate_command
+compress_command
+sweep_schema dry_run
+sweep_results
+sweep_report
+sweep
+cli_files
+cli_translate
 cli
 __main__ __init__
 """

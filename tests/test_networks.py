@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import AutoTokenizer
 
-from hfcompress import cifar
+from hfcompress import zoo
 from hfcompress.data import label_names, load_images, load_translation
 from hfcompress.errors import ConfigError, DataError
 from hfcompress.evaluate import score_images
@@ -30,7 +30,7 @@ LABELS = [f"class {i}" for i in range(10)]
 )
 def test_sizes_are_the_papers(depth, count):
     """Table 6 of He et al. 2016: 0.27, 0.46, 0.66, 0.85 and 1.7 million."""
-    cifar.register()
+    zoo.register()
     assert parameters(timm.create_model(f"cifar_resnet{depth}")) == count
 
 
@@ -57,7 +57,7 @@ def plain_resnet(state: dict[str, torch.Tensor], x: torch.Tensor, blocks: int) -
 
 @pytest.mark.parametrize("width", [1, 2])
 def test_the_forward_pass_is_the_papers(width):
-    cifar.register()
+    zoo.register()
     torch.manual_seed(0)
     model = timm.create_model("cifar_resnet32", width=width).eval()
     for name, buffer in model.named_buffers():
@@ -72,7 +72,7 @@ def test_the_forward_pass_is_the_papers(width):
 
 
 def test_there_are_no_published_weights():
-    cifar.register()
+    zoo.register()
     with pytest.raises(ValueError, match="no published weights"):
         timm.create_model("cifar_resnet20", pretrained=True)
     with pytest.raises(ValueError, match="gradient checkpointing"):
@@ -120,7 +120,7 @@ def test_what_is_no_classifier_is_refused(network, error, told):
 
 
 def test_weights_come_from_a_file_of_timms_names(tmp_path):
-    cifar.register()
+    zoo.register()
     state = timm.create_model("cifar_resnet20").state_dict()
     save_file({n: t for n, t in state.items() if "num_batches" not in n}, tmp_path / "w.safetensors")
     network = Network(timm="cifar_resnet20", weights="w.safetensors")

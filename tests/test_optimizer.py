@@ -2,7 +2,8 @@
 
 import io
 from collections.abc import Callable, Iterable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from hfcompress.compressor import Compressor
 from hfcompress.errors import ConfigError
 from hfcompress.methods import Dense, Uniform
 from hfcompress.optimizer import CompressedOptimizer
-from hfcompress.reparameterization import Reparameterization
+from hfcompress.reparameterization import Description, Latents, Reparameterization, Slot
 
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
     "sgd": lambda p: SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
@@ -133,6 +134,109 @@ def test_a_resumed_run_continues_bit_for_bit(optimizer: str, method: Reparameter
     train(second, outer, range(3, 6), schedule)
     for name, parameter in second.named_parameters():
         assert torch.equal(parameter, whole.get_parameter(name)), name
+
+
+@dataclass(frozen=True)
+class Anchored(Reparameterization):
+    """weight = (anchor + offset) · exp(log_scale): a constant, a latent for the user's optimizer and one for Adam."""
+
+    rate_of_scale: float = 0.01
+    frozen: ClassVar[frozenset[str]] = frozenset({"anchor"})
+
+    @property
+    def auxiliary(self) -> dict[str, float]:
+        return {"log_scale": self.rate_of_scale}
+
+    def init(self, weight: Tensor, slot: Slot) -> Latents:
+        return {"anchor": weight.clone(), "offset": torch.zeros_like(weight), "log_scale": weight.new_zeros(())}
+
+    def decode(self, latents: Latents, slot: Slot, *, hard: bool) -> Tensor:
+        return (latents["anchor"] + latents["offset"]) * latents["log_scale"].exp()
+
+    def rate(self, latents: Latents, slot: Slot) -> Tensor:
+        return latents["offset"].abs().sum() + latents["log_scale"]
+
+    def describe(self, latents: Latents, slot: Slot) -> Description:
+        raise NotImplementedError
+
+    def restore(self, description: Description, slot: Slot) -> Latents:
+        raise NotImplementedError
+
+
+def scales(compressor: Compressor) -> list[Tensor]:
+    return [entry.latents["log_scale"] for entry in compressor.entries.values()]
+
+
+def test_frozen_latents_are_constants_in_the_state() -> None:
+    model = Toy()
+    outer, compressor = compressed(model, "adamw", Anchored())
+    train(model, outer, range(3))
+    for name, entry in compressor.entries.items():
+        anchor = entry.latents["anchor"]
+        assert not anchor.requires_grad and anchor.grad is None
+        assert torch.equal(anchor, Toy().get_parameter(name))
+    other, loaded = compressed(Toy(seed=3), "adamw", Anchored())
+    other.load_state_dict(outer.state_dict())
+    anchors = [c.entries["conv.weight"].latents["anchor"] for c in (compressor, loaded)]
+    assert torch.equal(*anchors) and not torch.equal(anchors[0], Toy(seed=3).conv.weight)
+
+
+def test_auxiliary_latents_have_an_adam_of_their_own() -> None:
+    model = Toy()
+    outer, compressor = compressed(model, "sgd", Anchored())
+    stepped = {id(p) for group in outer.base.param_groups for p in group["params"]}
+    own = {id(p) for group in outer.auxiliary.param_groups for p in group["params"]}
+    assert own == {id(scale) for scale in scales(compressor)} and not own & stepped
+    assert {id(latent) for latent, _ in compressor.auxiliary()} == own
+
+    copies = [scale.detach().clone().requires_grad_() for scale in scales(compressor)]
+    adam = torch.optim.Adam(copies, lr=0.01)
+    for step in range(4):
+        loss_of(model, step).backward()
+        edges = [(e.parameter, e.parameter.grad) for e in compressor.entries.values()]
+        for copy, (weight, gradient) in zip(copies, edges):
+            copy.grad = None if gradient is None else (weight * gradient).sum().detach()
+        adam.step()
+        outer.step()
+        outer.zero_grad()
+        assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-7) for a, b in zip(scales(compressor), copies))
+        assert all(scale.grad is None for scale in scales(compressor))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_own_adam_follows_the_schedule(schedule: str) -> None:
+    """In proportion to the user's learning rate, at most the rate that the method names."""
+    model = Toy()
+    outer, _ = compressed(model, "sgd", Anchored(rate_of_scale=0.3))
+    clock = SCHEDULES[schedule](outer)
+    highest = 0.05 if schedule == "one-cycle" else 0.1
+    for step in range(6):
+        wanted = 0.3 * outer.param_groups[0]["lr"] / highest
+        train(model, outer, [step], clock)
+        assert [group["lr"] for group in outer.auxiliary.param_groups] == [pytest.approx(wanted)]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_own_adam_resumes_bit_for_bit(schedule: str) -> None:
+    def begun(model: nn.Module) -> tuple[CompressedOptimizer, Compressor, Any]:
+        outer, compressor = compressed(model, "adamw", Anchored())
+        return outer, compressor, SCHEDULES[schedule](outer)
+
+    whole, first, second = Toy(), Toy(), Toy(seed=5)
+    outer, wanted, clock = begun(whole)
+    train(whole, outer, range(6), clock)
+    outer, _, clock = begun(first)
+    train(first, outer, range(3), clock)
+    buffer = io.BytesIO()
+    torch.save([outer.state_dict(), clock.state_dict()], buffer)
+    buffer.seek(0)
+    state, time = torch.load(buffer, weights_only=True)
+    outer, found, clock = begun(second)
+    outer.load_state_dict(state)
+    clock.load_state_dict(time)
+    train(second, outer, range(3, 6), clock)
+    assert all(torch.equal(a, b) for a, b in zip(scales(found), scales(wanted)))
+    assert any(scale != 0 for scale in scales(found))
 
 
 def test_noise_in_steps_hard_weights_between() -> None:

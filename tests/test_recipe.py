@@ -210,8 +210,13 @@ def test_every_shipped_recipe_loads_and_says_what_it_is() -> None:
     shipped = available()
     assert {recipe.path for recipe in shipped} == set(SHIPPED.rglob("*.yaml")) and shipped
     for recipe in shipped:
-        assert load(recipe.path) and recipe.description
-        assert find(recipe.name) == recipe.path
+        assert find(recipe.name) == recipe.path and recipe.description
+        if recipe.path.parent.name == "papers":
+            assert recipe.description.startswith("sweep: ")
+            with pytest.raises(ConfigError, match="it is run by 'hfcompress sweep'"):
+                load(recipe.path)
+        else:
+            assert load(recipe.path)
 
 
 def test_available_lists_even_what_is_broken(tmp_path: Path) -> None:

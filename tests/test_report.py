@@ -320,6 +320,20 @@ def test_the_same_numbers_give_the_same_pictures(tmp_path: Path) -> None:
         assert (tmp_path / "a" / picture).read_bytes() == (tmp_path / "b" / picture).read_bytes()
 
 
+def test_scores_are_drawn_where_there_are_two(tmp_path: Path) -> None:
+    def row(name: str, size: int, value: float) -> Row:
+        score = Score(value, 100, "top1", (value - 2, value + 2))
+        return Row(name, 1000, size, 8.0, 500, {"accuracy": score})  # type: ignore[arg-type]
+
+    both = Results((row("teacher", 40_000, 93.0), row("compressed", 3_000, 92.0)), 0, {}, {}, {})
+    assert report.plot_scores(both, tmp_path / "a.png") and report.plot_scores(both, tmp_path / "b.png")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    found = {colour: there.any(axis=0).argmax() for colour, there in pixels(tmp_path / "a.png").items()}
+    assert found["#D55E00"] < 0.3 * Image.open(tmp_path / "a.png").width  # the small one lies to the left
+    assert not report.plot_scores(Results(both.rows[:1], 0, {}, {}, {}), tmp_path / "c.png")
+    assert not (tmp_path / "c.png").exists()
+
+
 def test_pictures_leave_pyplot_alone(tmp_path: Path) -> None:
     script = (
         "import sys; from pathlib import Path; from hfcompress import report\n"

@@ -4,14 +4,17 @@ from itertools import pairwise
 
 import pytest
 import torch
+from conftest import _HALVES, _TOKENS, TRANSLATORS
 from hypothesis import given
 from hypothesis import strategies as st
 from small import bart, collate, equal, marian, names, resnet, t5, translation_trainer, weights
+from transformers import AutoModelForSeq2SeqLM, MBartConfig, set_seed
 
 from hfcompress import load
+from hfcompress.compressor import unsaved
 from hfcompress.errors import ConfigError
 from hfcompress.schema import Layers
-from hfcompress.students import evenly_spaced, from_teacher
+from hfcompress.students import cut_of, evenly_spaced, from_teacher
 
 
 @given(st.integers(1, 60).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n))))
@@ -77,13 +80,90 @@ def test_a_cut_student_trains_generates_and_comes_back(tmp_path, decoder_layers)
     assert torch.equal(here, back)
 
 
+FAMILIES = ("marian", "bart", "mbart", "m2m_100", "pegasus", "t5", "mt5")
+
+
+def family(name, layers=3):
+    """A teacher of a family, of so many layers, with random weights."""
+    if name in ("marian", "bart"):
+        return {"marian": marian, "bart": bart}[name](layers=layers).eval()
+    config = MBartConfig(**_HALVES, **_TOKENS) if name == "mbart" else TRANSLATORS[name]()
+    for field in ("encoder_layers", "decoder_layers", "num_layers", "num_decoder_layers"):
+        if field in config.to_dict():
+            setattr(config, field, layers)
+    set_seed(0)
+    return AutoModelForSeq2SeqLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_is_cut(name, tmp_path):
+    """Named layers, narrower, saved and loaded; a layer that was kept computes what it computed."""
+    teacher = family(name)
+    student = from_teacher(teacher, Layers(encoder_layers=(0, 2), decoder_layers=(1,), ffn_dim=10)).eval()
+    cut = cut_of(student)
+    assert (cut.encoder_layers, cut.decoder_layers, cut.layers, cut.ffn_dim[1]) == ((0, 2), (1,), (3, 3), 10)
+    assert "encoder layers 0, 2 of 3; decoder layers 1 of 3; 10 of" in str(cut)
+    assert cut.parameters == (numbers(teacher), numbers(student)) and cut.parameters[1] < cut.parameters[0]
+    tied = teacher.get_input_embeddings().weight is teacher.get_output_embeddings().weight
+    assert tied == (student.get_input_embeddings().weight is student.get_output_embeddings().weight)
+    student.save_pretrained(tmp_path)
+    back = AutoModelForSeq2SeqLM.from_pretrained(tmp_path).eval()
+    assert cut_of(back) == cut and cut_of(teacher) is None
+    ids = torch.arange(3, 15).reshape(2, 6)
+    with torch.no_grad():
+        assert torch.equal(*(m(input_ids=ids, decoder_input_ids=ids).logits for m in (student, back)))
+
+
+def numbers(model):
+    return sum(p.numel() for n, p in model.named_parameters() if n not in unsaved(model))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_layers_left_out_are_as_if_they_did_nothing(name):
+    """The teacher whose other layers add nothing to the residual stream is the student, T5's position biases too."""
+    teacher = family(name)
+    student = from_teacher(teacher, Layers(encoder_layers=(1,), decoder_layers=(0, 2))).eval()
+    for side, left_out in (("encoder", (0, 2)), ("decoder", (1,))):
+        blocks = getattr(teacher.get_encoder() if side == "encoder" else teacher.get_decoder(), "block", None)
+        layers = blocks or (teacher.get_encoder() if side == "encoder" else teacher.get_decoder()).layers
+        for i in left_out:
+            for path, parameter in layers[i].named_parameters():
+                if path.endswith((".o.weight", ".wo.weight", "out_proj.weight", "out_proj.bias")) or "fc2" in path:
+                    parameter.data.zero_()
+    if name in ("marian", "bart"):
+        pytest.skip("these normalise after every layer: a layer that adds nothing is not nothing")
+    ids = torch.arange(3, 15).reshape(2, 6)
+    with torch.no_grad():
+        logits = [m(input_ids=ids, decoder_input_ids=ids).logits for m in (teacher, student)]
+    assert torch.allclose(*logits, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_units_that_do_nothing_go_first(name):
+    teacher = family(name, layers=1)
+    dead = torch.tensor([0, 3, 4])
+    for path, parameter in teacher.named_parameters():
+        if path.endswith(("fc2.weight", ".wo.weight")):
+            parameter.data[:, dead] = 0
+    width = {**teacher.config.to_dict()}.get("encoder_ffn_dim") or teacher.config.d_ff
+    student = from_teacher(teacher, Layers(encoder_layers=1, decoder_layers=1, ffn_dim=width - 3)).eval()
+    ids = torch.arange(3, 15).reshape(2, 6)
+    with torch.no_grad():
+        logits = [m(input_ids=ids, decoder_input_ids=ids).logits for m in (teacher, student)]
+    assert torch.allclose(*logits, atol=1e-6)
+    with pytest.raises(ConfigError, match=f"ffn_dim {width + 1}; the teacher has {width} units in"):
+        from_teacher(teacher, Layers(encoder_layers=1, decoder_layers=1, ffn_dim=width + 1))
+
+
 @pytest.mark.parametrize(
     ("teacher", "layers", "message"),
     [
         (lambda: marian(layers=2), (2, 3), "asks for 3 decoder layers; the teacher has 2"),
         (lambda: marian(layers=1), (4, 1), "asks for 4 encoder layers; the teacher has 1"),
-        (t5, (1, 1), r"T5ForConditionalGeneration has no model\.encoder\.layers"),
-        (resnet, (1, 1), "TimmWrapperForImageClassification has no"),
+        (lambda: marian(layers=3), ((0, 3), 1), r"encoder layers \[0, 3\]: give them in rising order.* out of 0 … 2"),
+        (lambda: marian(layers=3), (1, (1, 0)), r"decoder layers \[1, 0\]: give them in rising order"),
+        (lambda: t5(layers=3), ((1, 1), 1), r"encoder layers \[1, 1\]"),
+        (resnet, (1, 1), r"TimmWrapperForImageClassification has no model\.encoder\.layers or encoder\.block"),
     ],
 )
 def test_what_cannot_be_cut_is_refused(teacher, layers, message):

@@ -249,6 +249,16 @@ def test_epochs_rows_and_seeds_draw_apart_and_evenly():
         assert 20 < sum(a == b for a, b in zip(first, other)) < 90  # by chance a window is the same
 
 
+@pytest.mark.parametrize("augmentation", [Augmentation(), Augmentation(crop_padding=2, flip=True)])
+def test_a_batch_is_augmented_as_its_rows_are(pictures, augmentation):
+    task, _ = pictures
+    images = task.trainer_arguments(task.build(task.recipe.student, None))["train_dataset"].rows
+    rows = AugmentedImages(images, augmentation, seed=3)
+    rows.set_epoch(2)
+    for item, row in zip(rows.__getitems__([5, 0, 39]), (5, 0, 39)):
+        assert item["labels"] == rows[row]["labels"] and torch.equal(item["pixel_values"], rows[row]["pixel_values"])
+
+
 # ---------------------------------------------------------------------------------------- settings
 
 

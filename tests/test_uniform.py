@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import uniform
+from reference import uniform, zero_point
 
 from hfcompress.coding import Symbols
 from hfcompress.errors import ConfigError, FormatError
@@ -51,6 +51,38 @@ def test_near_and_few(bits: int, bucket: int | None, n: int) -> None:
         assert (w - q).abs().max() <= 0.5 * step + 2**-10 * (w.abs().max() + 2**bits * step)  # float16 scales
 
 
+@given(
+    st.integers(1, 8),
+    st.none() | st.integers(1, 40),
+    st.sampled_from(("float16", "float32")),
+    st.lists(near_one, min_size=1, max_size=100),
+)
+def test_a_zero_point_equals_plain_loops(bits: int, bucket: int | None, scales: str, weights: list[float]) -> None:
+    method = Uniform(bits=bits, bucket=bucket, scales=scales, zero_point=True)  # type: ignore[arg-type]
+    found = method.decode({"weight": torch.tensor(weights)}, Slot("w", (len(weights),)), hard=True).tolist()
+    for fast, slow in zip(found, zero_point(weights, bits, bucket, STORED[scales]), strict=True):
+        slack = 1e-5 + (slow.step * 2**bits if slow.margin < 1e-3 or slow.step < 1e-4 else 0)
+        assert abs(fast - slow.value) <= slack
+
+
+@given(st.integers(1, 8), st.integers(2, 60), st.integers(1, 300), st.booleans())
+def test_a_zero_point_is_whole_and_keeps_zero(bits: int, bucket: int, n: int, stochastic: bool) -> None:
+    weight = torch.randn(n, generator=torch.Generator().manual_seed(n))
+    weight[:: max(1, n // 7)] = 0.0
+    method, slot = Uniform(bits=bits, bucket=bucket, stochastic=stochastic, zero_point=True), Slot("w", (n,), draw=n)
+    described = method.describe({"weight": weight}, slot)
+    zero, step = described["zero"], described["step"]
+    assert isinstance(zero, np.ndarray) and zero.dtype == np.uint8 and zero.max() <= 2**bits - 1
+    assert isinstance(step, np.ndarray) and len(step) == len(zero)
+    for hard in (True, False):
+        decoded = method.decode({"weight": weight}, slot, hard=hard)
+        assert (decoded[weight == 0] == 0).all()
+    codes = described["codes"].values  # type: ignore[union-attr]
+    expected = [(int(c) - int(zero[i // bucket])) * float(step[i // bucket]) for i, c in enumerate(codes)]
+    hard_weight = method.decode({"weight": weight}, slot, hard=True)
+    assert hard_weight.tolist() == torch.tensor(expected).tolist()
+
+
 def test_stochastic_rounding_is_unbiased() -> None:
     method, weight = Uniform(bits=2, stochastic=True, scales="float32"), torch.linspace(-1, 1, 64)
     draws = [method.decode({"weight": weight}, Slot("w", (64,), draw=i), hard=False) for i in range(2000)]
@@ -90,3 +122,12 @@ def test_foreign_descriptions_are_refused() -> None:
             method.restore({**good, name.strip(): part}, slot)
     with pytest.raises(FormatError):
         method.restore({"codes": good["codes"]}, slot)
+
+
+def test_foreign_zero_points_are_refused() -> None:
+    method, slot = Uniform(bits=2, bucket=4, zero_point=True), Slot("w", (10,))
+    good = method.describe(method.init(torch.randn(10), slot), slot)
+    method.restore(good, slot)
+    for zero in (np.full(3, 4, np.uint8), np.zeros(2, np.uint8), np.zeros(3, np.int8), Symbols(np.zeros(3, np.int32))):
+        with pytest.raises(FormatError, match="zero"):
+            method.restore({**good, "zero": zero}, slot)

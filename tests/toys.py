@@ -1,5 +1,7 @@
 """A small network with everything a rule may meet, and data to train it on."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -36,6 +38,6 @@ def loss_of(model: nn.Module, step: int) -> Tensor:
     return nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
 
-def compress(model: nn.Module, method: Reparameterization, pattern: str = "*", **settings: float) -> Compressor:
+def compress(model: nn.Module, method: Reparameterization, pattern: str = "*", **settings: Any) -> Compressor:
     """One method on every weight of that name."""
     return Compressor(model, [Rule(method=method, pattern=pattern)], **settings)

@@ -8,6 +8,12 @@ high the least and greatest weight of a bucket,
 
 and the gradient of ŵ is applied to w unchanged. `low` and `step` are rounded to the precision in which the file keeps
 them *before* the codes are chosen, so that the weights trained are the weights shipped.
+
+With `zero_point` the grid holds 0 exactly, which the paper's need not: low and high are widened to include 0, and
+
+    zero = round(−low / step) ∈ {0 … 2^bits − 1},   code = round(w / step) + zero,   ŵ = (code − zero) · step
+
+the form in which low-bit kernels take their weights (ONNX Runtime's MatMulNBits, torch's 4-bit matrix products).
 """
 
 from dataclasses import dataclass
@@ -31,7 +37,8 @@ class Uniform(Reparameterization):
 
     Rate: bits · n + 2 scales a bucket, in bits; the entropy coder only takes away from it. `stochastic`: in training
     decodes a weight goes up with the probability of its fraction (unbiased); hard decodes always round to nearest.
-    `scales`: the format of low and step; float16 reaches from 6e-8 to 65,504.
+    `scales`: the format of low and step; float16 reaches from 6e-8 to 65,504. `zero_point`: an integer in place of low;
+    it costs 8 bits a bucket, and more error where a bucket's weights all lie on one side of 0.
 
     Raises ConfigError: bits outside 1 … 8, bucket < 1.
     """
@@ -40,6 +47,7 @@ class Uniform(Reparameterization):
     bucket: int | None = 256
     stochastic: bool = False
     scales: Literal["float16", "float32"] = "float16"
+    zero_point: bool = False
 
     decayed: ClassVar[frozenset[str]] = frozenset({"weight"})
 
@@ -58,42 +66,52 @@ class Uniform(Reparameterization):
 
     def decode(self, latents: Latents, slot: Slot, *, hard: bool) -> Tensor:
         if "codes" in latents:
-            return self._dequantize(latents["codes"].float(), latents["low"], latents["step"], slot)
+            return self._dequantize(latents["codes"].float(), latents[self._origin], latents["step"], slot)
         weight = latents["weight"]
         with torch.no_grad():
-            codes, low, step = self._quantize(weight, None if hard or not self.stochastic else slot.draw)
-            decoded = self._dequantize(codes, low, step, slot).to(weight.dtype)
+            codes, origin, step = self._quantize(weight, None if hard or not self.stochastic else slot.draw)
+            decoded = self._dequantize(codes, origin, step, slot).to(weight.dtype)
         return replace_through(weight, decoded)
 
     def rate(self, latents: Latents, slot: Slot) -> Tensor:
-        scale_bits = 2 * 8 * _SCALES[self.scales].itemsize
-        bits = self.bits * slot.numel + scale_bits * self._buckets(slot)
+        scale_bits = 8 * _SCALES[self.scales].itemsize
+        origin_bits = 8 if self.zero_point else scale_bits
+        bits = self.bits * slot.numel + (scale_bits + origin_bits) * self._buckets(slot)
         return latents["weight"].new_tensor(bits, dtype=torch.float32)
 
     def describe(self, latents: Latents, slot: Slot) -> Description:
-        codes, low, step = self._quantize(latents["weight"].detach(), None)
+        codes, origin, step = self._quantize(latents["weight"].detach(), None)
         values = codes.flatten()[: slot.numel].to(torch.int32).cpu().numpy()
         scale = _SCALES[self.scales]
         return {
             "codes": Symbols(values),
-            "low": low.flatten().to(scale).cpu().numpy(),
+            self._origin: origin.flatten().to(torch.uint8 if self.zero_point else scale).cpu().numpy(),
             "step": step.flatten().to(scale).cpu().numpy(),
         }
 
     def restore(self, description: Description, slot: Slot) -> Latents:
         """Codes and scales themselves: quantizing the decoded weight a second time need not give the same codes."""
         codes = symbols_in(description, "codes", slot.numel, 0, 2**self.bits - 1)
-        low, step = (array_in(description, name, self._buckets(slot), self.scales) for name in ("low", "step"))
+        buckets, kept_as = self._buckets(slot), "uint8" if self.zero_point else self.scales
+        origin = array_in(description, self._origin, buckets, kept_as)
+        step = array_in(description, "step", buckets, self.scales)
         if (step < 0).any():
             raise FormatError("'step' holds negative numbers")
-        lows, steps = (torch.from_numpy(s.astype(np.float32)).unsqueeze(1) for s in (low, step))
-        return {"codes": to_buckets(torch.from_numpy(codes.copy()), self.bucket), "low": lows, "step": steps}
+        if self.zero_point and (origin >= 2**self.bits).any():
+            raise FormatError(f"'zero' holds numbers above {2**self.bits - 1}")
+        origins, steps = (torch.from_numpy(s.astype(np.float32)).unsqueeze(1) for s in (origin, step))
+        return {"codes": to_buckets(torch.from_numpy(codes.copy()), self.bucket), self._origin: origins, "step": steps}
+
+    @property
+    def _origin(self) -> str:
+        """What a bucket's codes are counted from: its least weight, or the code that means 0."""
+        return "zero" if self.zero_point else "low"
 
     def _buckets(self, slot: Slot) -> int:
         return -(-slot.numel // (self.bucket or max(slot.numel, 1)))
 
     def _quantize(self, weight: Tensor, draw: int | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes [buckets, bucket] as float32, low [buckets, 1], step [buckets, 1] as float32."""
+        """Codes [buckets, bucket] as float32, low or zero [buckets, 1], step [buckets, 1] as float32."""
         rows = to_buckets(weight.float(), self.bucket)
         top = 2**self.bits - 1
         scale = _SCALES[self.scales]
@@ -101,13 +119,24 @@ class Uniform(Reparameterization):
             empty = rows.new_zeros(0, 1)
             return rows, empty, empty
         low, high = torch.aminmax(rows, dim=1, keepdim=True)
-        low = low.to(scale).float()
+        if self.zero_point:
+            low, high = low.clamp(max=0), high.clamp(min=0)
+        else:
+            low = low.to(scale).float()
         step = ((high - low) / top).clamp(min=0).to(scale).float()  # low may have been rounded to above high
-        position = (rows - low).div_(torch.where(step > 0, step, torch.inf))
+        divisor = torch.where(step > 0, step, torch.inf)
+        if self.zero_point:
+            origin = (-low / divisor).round_().clamp_(0, top)
+            position = (rows / divisor).add_(origin)
+        else:
+            origin = low
+            position = (rows - low).div_(divisor)
         rounded = position.round_() if draw is None else stochastic_round(position, draw)
-        return rounded.clamp_(0, top).abs_(), low, step  # abs: a code −0 would decode to −0, from the file to 0
+        return rounded.clamp_(0, top).abs_(), origin, step  # abs: a code −0 would decode to −0, from the file to 0
 
-    def _dequantize(self, codes: Tensor, low: Tensor, step: Tensor, slot: Slot) -> Tensor:
+    def _dequantize(self, codes: Tensor, origin: Tensor, step: Tensor, slot: Slot) -> Tensor:
         """Overwrites `codes`, float32 [buckets, bucket]: this runs every step, and fresh memory is the slow part."""
+        if self.zero_point:
+            return from_buckets(codes.sub_(origin).mul_(step), slot.shape)
         # two kernels on purpose: a fused multiply-add would round once instead of twice, and differ between machines
-        return from_buckets(codes.mul_(step).add_(low), slot.shape)
+        return from_buckets(codes.mul_(step).add_(origin), slot.shape)

@@ -1,0 +1,60 @@
+"""`hfcompress translate`: a dataset of a teacher's translations, for sequence-level distillation."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from hfcompress.cli_files import console
+
+commands = typer.Typer()
+
+
+class Engine(StrEnum):
+    """What translates."""
+
+    TRANSFORMERS = "transformers"
+    CTRANSLATE2 = "ctranslate2"
+
+
+@commands.command()
+def translate(
+    model: Annotated[str, typer.Argument(help="The teacher: a folder, or a repository on the Hub.")],
+    data: Annotated[Path, typer.Argument(help="A text file of one sentence a line, or a folder of pairs.")],
+    output: Annotated[Path, typer.Option(help="Folder for the dataset; a run that was stopped goes on in it.")],
+    source: Annotated[Optional[str], typer.Option(help="The pairs' column or ending of the source.")] = None,  # noqa: UP045
+    target: Annotated[Optional[str], typer.Option(help="And of the reference.")] = None,  # noqa: UP045
+    split: Annotated[str, typer.Option(help="Which split of the pairs.")] = "train",
+    beams: Annotated[int, typer.Option(min=1)] = 5,
+    n_best: Annotated[int, typer.Option(min=1, help="The nearest to the reference of so many is taken.")] = 5,
+    batch: Annotated[int, typer.Option(min=1, help="Sentences at a time.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    shard_rows: Annotated[int, typer.Option(min=1, help="Rows after which what was done is kept.")] = 2000,
+    worst: Annotated[float, typer.Option(min=0, max=1, help="Share left out by cross-entropy.")] = 0.05,
+    least_score: Annotated[float, typer.Option(help="Least mean log-probability of a token.")] = -5.0,
+    length_ratio: Annotated[float, typer.Option(min=1, help="Times the usual ratio of lengths.")] = 3.0,
+    engine: Annotated[Engine, typer.Option(help="What translates.")] = Engine.TRANSFORMERS,
+) -> None:
+    """Let a teacher translate sentences for its students. Several processes: torchrun -m hfcompress translate ..."""
+    from pydantic import ValidationError
+
+    from hfcompress.errors import ConfigError
+    from hfcompress.schema import Filters, Sequences
+
+    try:
+        filters = Filters(worst=worst, least_score=least_score, length_ratio=length_ratio)
+        settings = Sequences(
+            beams=beams,
+            n_best=n_best,
+            batch_size=batch,
+            max_new_tokens=max_new_tokens,
+            shard_rows=shard_rows,
+            filters=filters,
+        )
+    except ValidationError as error:
+        raise ConfigError("; ".join(detail["msg"] for detail in error.errors())) from error
+
+    from hfcompress.translate_command import run
+
+    run(model, data, (source, target), split, settings, output, engine is Engine.CTRANSLATE2, console())

@@ -1,0 +1,227 @@
+"""A sweep's table in Markdown, and its plot: bytes against score, with the paper's figures beside ours."""
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from hfcompress.card_text import Table, duration, hardware_words, markdown_table
+from hfcompress.files import write_atomically
+from hfcompress.results import METRICS, readable_bytes
+from hfcompress.sweep_results import CellRecord, Mean, PointRecord, SweepResults, mean
+
+# Okabe and Ito's palette, which the colour-blind tell apart; each line has its own marker too
+_LINES = (("#D55E00", "o"), ("#0072B2", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P"))
+_PAPER = "#000000"
+
+
+def write_table(results: SweepResults, command: str, path: Path) -> None:
+    """table.md: the chosen operating points, every point, references, the paper's figures, machines."""
+    write_atomically(path, ("\n\n".join(_sections(results, command)) + "\n").encode())
+
+
+def _sections(results: SweepResults, command: str) -> Iterator[str]:
+    metric = METRICS[results.metric].heading
+    yield f"# {results.title}"
+    if results.notes:
+        yield results.notes.strip()
+    yield f"```bash\n{command}\n```"
+    yield (
+        "Bytes are those of the whole file; scores are those of the file, loaded in a fresh process: mean ± standard "
+        "deviation over n seeds. × smaller: than the same network in float32."
+    )
+    if results.choices:
+        yield f"## Operating points\n\nChosen by {metric} on the validation split, never on the test split."
+        yield markdown_table(_choices(results), "llrrrrr")
+    yield "## All points"
+    yield markdown_table(_points(results), "lrrrrrll")
+    if references := _references(results):
+        yield "## Full precision"
+        yield markdown_table(references, "lrrrr")
+    if results.paper:
+        yield "## The paper's figures"
+        yield markdown_table(_paper(results), "lrrl")
+    if failures := _failures(results):
+        yield "## What failed"
+        yield "\n".join(failures)
+    if machines := _machines(results):
+        yield "## Machines"
+        yield "\n".join(machines)
+
+
+def _choices(results: SweepResults) -> Table:
+    metric = METRICS[results.metric].heading
+    table = [["operating point", "point", "n", "bytes", "× smaller", f"validation {metric}", f"test {metric}", "paper"]]
+    figures = {figure.label: figure for figure in results.paper}
+    for choice in results.choices:
+        point = results.chosen(choice)
+        figure = figures.get(choice.paper or "")
+        beside = _figure(figure.bytes, figure.score) if figure else ""
+        cells = _numbers(results, point) if point else ["", "", "", "", ""]
+        table.append([choice.label, f"`{point.name}`" if point else "none", *cells, beside])
+    return table
+
+
+def _points(results: SweepResults) -> Table:
+    metric = METRICS[results.metric].heading
+    table = [["point", "n", "bytes", "× smaller", f"validation {metric}", f"test {metric}", "paper", "remarks"]]
+    for point in results.points:
+        beside = [f for f in results.paper if f.point == point.name]
+        paper = "; ".join(_figure(figure.bytes, figure.score) for figure in beside)
+        table.append([f"`{point.name}`", *_numbers(results, point), paper, _remarks(point)])
+    return table
+
+
+def _numbers(results: SweepResults, point: PointRecord) -> list[str]:
+    """n, bytes, ratio, validation score, test score."""
+
+    def shown(found: Mean | None, digits: int, thousands: bool = False) -> str:
+        return found.show(digits, thousands) if found else ""
+
+    return [
+        str(len(point.done)),
+        shown(point.bytes, 0, thousands=True),
+        shown(point.ratio, 1),
+        shown(point.score(results.metric, "validation"), 2),
+        shown(point.score(results.metric, "test"), 2),
+    ]
+
+
+def _remarks(point: PointRecord) -> str:
+    failed, missing = (sum(cell.status == status for cell in point.cells) for status in ("failed", "not run"))
+    if missing == len(point.cells):
+        return "not run"
+    counts = [f"{failed} failed" if failed else "", f"{missing} not run" if missing else ""]
+    return ", ".join(count for count in counts if count)
+
+
+def _figure(size: int | None, score: float) -> str:
+    return f"{score:.2f}" + (f" at {size:,} bytes" if size else "")
+
+
+def _references(results: SweepResults) -> Table:
+    """A line for each teacher and full-precision student that differ in parameters."""
+    metric = METRICS[results.metric].heading
+    table = [["network", "parameters", "bytes", "n", f"test {metric}"]]
+    for role in ("teacher", "reference"):
+        found: dict[int, dict[tuple[int, float], CellRecord]] = {}
+        for point in results.points:
+            for cell in point.done:
+                row = getattr(cell, role)
+                if row is not None:
+                    key = (cell.seed, row.scores[results.metric].value)  # cells share it
+                    found.setdefault(row.parameters, {})[key] = cell
+        for parameters, cells in sorted(found.items()):
+            rows = [getattr(cell, role) for cell in cells.values()]
+            score = mean([row.scores[results.metric].value for row in rows])
+            name = "teacher" if role == "teacher" else "student, full precision"
+            shown = score.show(2) if score else ""
+            table.append([name, f"{parameters:,}", f"{rows[0].bytes:,}", str(len(rows)), shown])
+    return table if len(table) > 1 else []
+
+
+def _paper(results: SweepResults) -> Table:
+    table = [["figure", "bytes", METRICS[results.metric].heading, "read in"]]
+    for figure in results.paper:
+        table.append([figure.label, f"{figure.bytes:,}" if figure.bytes else "", f"{figure.score:.2f}", figure.source])
+    return table
+
+
+def _failures(results: SweepResults) -> list[str]:
+    return [
+        f"- `{point.name}`, seed {cell.seed}: {cell.error}"
+        for point in results.points
+        for cell in point.cells
+        if cell.status == "failed"
+    ]
+
+
+def _machines(results: SweepResults) -> list[str]:
+    """Which machine each point was measured on, with the time that a run of it took there; versions."""
+    found: dict[str, dict[str, list[float]]] = {}
+    versions: dict[str, None] = {}
+    for point in results.points:
+        for cell in point.done:
+            machine = hardware_words(cell.hardware or {})
+            found.setdefault(machine, {}).setdefault(point.name, []).append((cell.seconds or {}).get("compressed", 0.0))
+            kept = {name: (cell.versions or {}).get(name) for name in ("hfcompress", "torch", "transformers", "timm")}
+            versions[", ".join(f"{name} {version}" for name, version in kept.items() if version)] = None
+    lines = []
+    for machine, points in found.items():
+        times = ", ".join(f"`{name}` {duration(sum(all_) / len(all_))}" for name, all_ in points.items())
+        lines.append(f"- {machine}. Training the compressed student took, a seed: {times}.")
+    return [*lines, *(f"- {text}." for text in versions)]
+
+
+# ------------------------------------------------------------------------------------------ the plot
+
+
+def plot(results: SweepResults, path: Path) -> bool:
+    """Bytes (log) against the test score, a line a series, the paper's figures as crosses; False: nothing to show."""
+    drawn = [point for point in results.points if point.bytes and point.score(results.metric, "test")]
+    if not drawn:
+        return False
+    figure = Figure((7.2, 4.6), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    lines: dict[str, list[PointRecord]] = {}
+    for point in drawn:
+        lines.setdefault(point.series, []).append(point)
+    for place, (series, points) in enumerate(lines.items()):
+        _draw(axes, results.metric, series, points, *_LINES[place % len(_LINES)])
+    _draw_reference(axes, results, drawn)
+    _draw_paper(axes, results)
+    axes.set_xscale("log")
+    axes.set(xlabel="bytes of the file", ylabel=f"test {METRICS[results.metric].heading}")
+    axes.set_title(results.title, loc="left", fontsize=10.5, fontweight="bold")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: readable_bytes(round(size)) if size >= 1 else ""))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.grid(color="#e4e4e4", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    picture = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(picture, metadata={"Software": None})
+    write_atomically(path, picture.getvalue())
+    return True
+
+
+def _draw(axes: Axes, metric: str, series: str, points: list[PointRecord], colour: str, marker: str) -> None:
+    means = sorted(
+        ((size, score) for p in points if (size := p.bytes) and (score := p.score(metric, "test"))),
+        key=lambda found: found[0].mean,
+    )
+    axes.errorbar(
+        [size.mean for size, _ in means],
+        [score.mean for _, score in means],
+        xerr=[size.sd or 0.0 for size, _ in means],
+        yerr=[score.sd or 0.0 for _, score in means],
+        color=colour,
+        marker=marker,
+        markersize=5,
+        linewidth=1.6,
+        capsize=2,
+        label=f"hfcompress, {series}" if series else "hfcompress",
+    )
+
+
+def _draw_reference(axes: Axes, results: SweepResults, points: list[PointRecord]) -> None:
+    scores = {round(found.mean, 2) for p in points if (found := p.reference_score(results.metric))}
+    if len({cell.reference.parameters for p in points for cell in p.done if cell.reference}) == 1:
+        height = sum(scores) / len(scores)
+        axes.axhline(height, color="#777777", linestyle=":", linewidth=1.2, label="full precision")
+
+
+def _draw_paper(axes: Axes, results: SweepResults) -> None:
+    sizes = {point.name: point.bytes for point in results.points}
+    for figure in results.paper:
+        ours = sizes.get(figure.point or "")
+        size = figure.bytes or (ours.mean if ours else None)  # without bytes of its own it stands above our point
+        if size is not None:
+            axes.plot([size], [figure.score], color=_PAPER, marker="x", linestyle="", markersize=7)
+            note = figure.label if figure.bytes else f"{figure.label} (our bytes)"
+            axes.annotate(note, (size, figure.score), xytext=(5, 4), textcoords="offset points", fontsize=7)

@@ -1,0 +1,187 @@
+"""What a teacher does before students are trained: its check, its translations, what it says of every token."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset, concatenate_datasets
+from rich.console import Console
+from sacrebleu.metrics import BLEU
+from torch import nn
+from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase
+
+from hfcompress.errors import ConfigError, TeacherError
+from hfcompress.loading import load
+from hfcompress.progress import bar
+from hfcompress.schema import Recipe, Sequences
+from hfcompress.sources import read_lines, read_split
+from hfcompress.tasks import Task, Translation
+from hfcompress.teacher_cache import Process, TeacherCache, write
+from hfcompress.translate import Backend, Generate, Text, finish, translate
+
+logger = logging.getLogger(__name__)
+
+PAIRS = 100
+"""So many validation pairs tell whether a teacher translates at all."""
+BREAKS = ("\r", "\v", "\f", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029")
+"""Characters at which other programs end a line; here it ends at \\n only, as for `wc -l`."""
+
+
+def prepare(
+    recipe: Recipe, task: Task, teacher: Path, stages: Path, data_root: Path | None, console: Console | None
+) -> nn.Module | TeacherCache:
+    """What students are trained with: the teacher of that folder, or its cache; `task` then has its translations.
+
+    Shared out to all processes, kept in `stages`, resumed there. console: of the main process, for bars.
+    """
+    model = load(teacher)
+    wanted = recipe.distillation
+    if isinstance(task, Translation) and wanted.sequences is not None:
+        texts = [Text("train", task.splits.train["source"], task.splits.train["target"])]
+        if wanted.sequences.monolingual is not None:
+            texts.append(monolingual((data_root or Path()) / wanted.sequences.monolingual))
+        pairs = make_dataset(model, task.tokenizer, texts, wanted.sequences, stages / "translations", console)
+        pairs = pairs.select_columns(["source", "target"])
+        own = task.splits.train.select_columns(["source", "target"])
+        task.train_on(concatenate_datasets([pairs, own]) if wanted.sequences.keep_pairs else pairs)
+    if not isinstance(task, Translation) or wanted.cache is None:
+        return model
+    with Shown(console, "teacher's cache") as shown:
+        model = model.to(PartialState().device)
+        collator = DataCollatorForSeq2Seq(task.tokenizer, model=model)
+        share = _share()
+        folder = stages / "teacher_cache"
+        write(
+            model,
+            task.train,
+            collator,
+            folder,
+            k=wanted.cache,
+            temperature=wanted.temperature,
+            process=share,
+            progress=shown,
+        )
+    PartialState().wait_for_everyone()
+    return TeacherCache(folder)
+
+
+def make_dataset(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[Text],
+    settings: Sequences,
+    folder: Path,
+    console: Console | None = None,
+    backend: Backend | None = None,
+) -> Dataset:
+    """Translations of `texts`, filtered; the work is shared out to all processes of the launch."""
+    model = model.to(PartialState().device)
+    with Shown(console, "translating") as shown:
+        translate(model, tokenizer, texts, settings, folder, backend=backend, process=_share(), progress=shown)
+    PartialState().wait_for_everyone()
+    if PartialState().is_main_process:
+        finish(folder, settings)
+    PartialState().wait_for_everyone()
+    return read_split(folder, "train")
+
+
+def check_direction(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, validation: Dataset, least: float
+) -> float:
+    """The teacher's BLEU on the first 100 pairs. Raises TeacherError: it is under `least`."""
+    pairs = validation.select(range(min(PAIRS, len(validation))))
+    sources, references = list(pairs["source"]), list(pairs["target"])
+    settings = Sequences(beams=1, n_best=1)
+    backend = Generate(model.to(PartialState().device).eval(), tokenizer, settings)
+    found = [best[0] for i in range(0, len(sources), 25) for best in backend(sources[i : i + 25])]
+    bleu, back, copied = (_bleu(*pair) for pair in ((found, references), (found, sources), (sources, references)))
+    if bleu < least:
+        hint = "they resemble the sources: is it a teacher of the other direction? " if back > max(bleu, least) else ""
+        raise TeacherError(
+            f"the teacher's translations of {len(sources)} validation pairs have BLEU {bleu:.1f}, under the least of "
+            f"{least:g} (the sources themselves have {copied:.1f}); {hint}the first: {found[0]!r} for "
+            f"{references[0]!r}. Take another teacher or tokenizer, or lower distillation.least_bleu"
+        )
+    return bleu
+
+
+def monolingual(path: Path) -> Text:
+    """The lines of a text file that are not blank. Raises DataError: it cannot be read, or is not UTF-8."""
+    lines = read_lines(path)
+    odd = sum(any(mark in line for mark in BREAKS) for line in lines)
+    if odd:
+        logger.warning("%s: %d of %d lines hold CR, VT, NEL, U+2028 or the like: they end none.", path, odd, len(lines))
+    return Text(path.name, [line for line in lines if line.strip()])
+
+
+def ctranslate2_backend(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Sequences) -> Backend:
+    """CTranslate2's translations by the same model in float32. Raises ConfigError: it is not installed."""
+    try:
+        import ctranslate2
+
+        from hfcompress.export_ctranslate2 import to_ctranslate2
+    except ImportError as error:
+        raise ConfigError("the backend ctranslate2 needs the package ctranslate2: pip install ctranslate2") from error
+    with TemporaryDirectory() as folder:
+        whole, converted = Path(folder) / "whole", Path(folder) / "converted"
+        tokenizer.save_pretrained(whole)
+        model.config.save_pretrained(whole)
+        list(to_ctranslate2(model, whole, converted, None, None))
+        device = "cuda" if torch.cuda.is_available() and ctranslate2.get_cuda_device_count() else "cpu"
+        translator = ctranslate2.Translator(str(converted), device=device)
+    first = model.generation_config.forced_bos_token_id
+    longest = settings.max_new_tokens - (model.generation_config.forced_eos_token_id is not None)  # it is one of those
+    start = None if first is None else [tokenizer.convert_ids_to_tokens(first)]
+
+    def backend(sentences: list[str]) -> list[list[str]]:
+        ids = tokenizer(sentences, truncation=True)["input_ids"]
+        found = translator.translate_batch(
+            [tokenizer.convert_ids_to_tokens(line) for line in ids],
+            beam_size=settings.beams,
+            num_hypotheses=settings.n_best,
+            max_decoding_length=longest,
+            target_prefix=start and [start] * len(sentences),
+            max_input_length=0,
+        )
+        texts = ([tokenizer.convert_tokens_to_ids(tokens) for tokens in line.hypotheses] for line in found)
+        return [tokenizer.batch_decode(hypotheses, skip_special_tokens=True) for hypotheses in texts]
+
+    return backend
+
+
+class Shown:
+    """A bar with what was done, and the tokens a second where they are told; nothing without a console."""
+
+    def __init__(self, console: Console | None, title: str) -> None:
+        self.console, self.title = console, title
+        self.bar = bar(console) if console is not None else None
+        self.note = ""
+
+    def __enter__(self) -> "Shown":
+        if self.bar is not None:
+            self.bar.start()
+            self.line = self.bar.add_task(self.title, total=None, note="")
+        return self
+
+    def __call__(self, done: int, total: int, speed: float | None = None) -> None:
+        self.note = f"{done:,} of {total:,} rows" + (f", {speed:,.0f} tokens/s" if speed else "")
+        if self.bar is not None:
+            self.bar.update(self.line, completed=done, total=total, note=f"{speed:,.0f} tokens/s" if speed else "")
+
+    def __exit__(self, *error: Any) -> None:
+        if self.bar is not None and self.console is not None:
+            self.bar.stop()
+            if not self.console.is_terminal and self.note:
+                self.console.print(f"{self.title}: {self.note}", markup=False, highlight=False)
+
+
+def _share() -> Process:
+    return Process(PartialState().process_index, PartialState().num_processes)
+
+
+def _bleu(found: list[str], references: list[str]) -> float:
+    return float(BLEU().corpus_score(found, [references]).score)

@@ -1,0 +1,170 @@
+"""Files of format 1 that must decode for ever, to the same weights, by the package and by the reference decoder.
+
+`python tests/test_golden.py` writes those that are missing; one that is there is never written again.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from math import prod
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import reference_decoder
+import torch
+
+from hfcompress.coding import Symbols, rans
+from hfcompress.coding.symbols import CONTEXTS, PLAIN
+from hfcompress.container import Reader, Writer
+from hfcompress.index import COMMON
+from hfcompress.methods import Dense, Uniform
+from hfcompress.reparameterization import Kind, Slot
+
+FOLDER = Path(__file__).parent / "golden"
+RECORD = FOLDER / "sha256.json"
+
+
+def add(writer: Writer, name: str, shape: tuple[int, ...], codes: np.ndarray, method: Uniform) -> None:
+    """A uniform weight of these codes; its scales are simple numbers."""
+    buckets = -(-prod(shape) // (method.bucket or max(prod(shape), 1)))
+    numbers = {part: (np.arange(buckets) % 7 - 3 * (part == "low")) / 8 for part in ("low", "step")}
+    scales = {part: values.astype(method.scales) for part, values in numbers.items()}
+    slot = Slot(name, shape, Kind.CONV if len(shape) == 4 else Kind.LINEAR, 0, prod(shape))
+    writer.add_slot(slot, torch.float32, method, {"codes": Symbols(codes.astype(np.int32).reshape(-1)), **scales})
+
+
+def filters(writer: Writer, bits: int, shapes: list[tuple[int, ...]]) -> None:
+    """Codes with rows, channels and neighbours that differ, so that contexts pay."""
+    generator, top = np.random.default_rng(bits), 2**bits - 1
+    for number, shape in enumerate(shapes):
+        drawn = generator.integers(-64, 65, shape) * generator.integers(-64, 65, shape)
+        if len(shape) > 2:
+            drawn[..., 1:] += drawn[..., :-1] // 2
+        drawn *= generator.integers(1, 9, (shape[0], *[1] * (len(shape) - 1))) ** 2
+        drawn *= generator.integers(1, 9, (1, shape[1], *[1] * (len(shape) - 2))) ** 2
+        codes = np.clip(drawn // (int(np.abs(drawn).mean()) * 6 // 2**bits + 1) + top // 2, 0, top)
+        add(writer, f"layer.{number}.weight", shape, codes, Uniform(bits=bits, bucket=None))
+
+
+def tables(writer: Writer) -> None:
+    """Shared tables, constants, an empty weight, and alphabets of which low bits are split off."""
+    generator = np.random.default_rng(0)
+    for number, (n, bits) in enumerate([(900, 2), (700, 2), (64, 4), (0, 4), (300, 1), (2000, 8)]):
+        codes = np.minimum(generator.integers(0, 2**bits, n), generator.integers(0, 2**bits, n))
+        add(writer, f"w{number}", (n,), codes, Uniform(bits=bits, bucket=100, scales="float32"))
+    add(writer, "constant", (40, 3), np.full(120, 5), Uniform(bits=3, bucket=16))
+
+
+def numbers(writer: Writer) -> None:
+    """Every type of array, one of them shared, and stored weights."""
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16):
+        writer.add_raw(f"buffer.{str(dtype).removeprefix('torch.')}", "buffer", (torch.arange(300) % 97 - 8).to(dtype))
+    for dtype in (torch.int8, torch.uint8, torch.bool):
+        writer.add_raw(f"buffer.{str(dtype).removeprefix('torch.')}", "buffer", (torch.arange(6) % 3).to(dtype))
+    writer.add_raw("scalar", "buffer", torch.tensor(-0.0))
+    writer.add_raw("twice", "norm", (torch.arange(300) % 97 - 8).float())
+    weight = (np.arange(60).reshape(6, 10) - 30) / 16
+    for dtype in ("float16", "float32"):
+        slot = Slot(f"dense.{dtype}", (6, 10), Kind.LINEAR, 0, 60)
+        writer.add_slot(slot, torch.float32, Dense(dtype), {"weight": weight.astype(dtype)})
+
+
+FILES: dict[str, Callable[[Writer], None]] = {
+    "kernels": lambda w: filters(w, 3, [(33, 16, 3, 3), (24, 1, 5, 5), (10, 8, 3)]),
+    "matrices": lambda w: filters(w, 2, [(48, 20), (33, 16, 1, 1)]),
+    "fine": lambda w: filters(w, 7, [(40, 16, 3, 3), (40, 30)]),
+    "tables": tables,
+    "numbers": numbers,
+    "nothing": lambda w: None,
+}
+
+
+def digest(tensors: dict[str, torch.Tensor]) -> str:
+    """Of names, shapes and bits."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        array = tensors[name].contiguous()
+        found.update(f"{name} {array.dtype} {tuple(array.shape)} ".encode())
+        found.update(array.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def load(name: str) -> bytes:
+    return (FOLDER / f"{name}.hfcompress.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("name", json.loads(RECORD.read_text()) if RECORD.exists() else [])
+def test_a_golden_file_decodes_as_ever(name: str) -> None:
+    assert digest(dict(Reader(load(name)).tensors())) == json.loads(RECORD.read_text())[name]
+
+
+def test_every_file_is_recorded() -> None:
+    assert {path.name.split(".")[0] for path in FOLDER.glob("*.safetensors")} == set(json.loads(RECORD.read_text()))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_reference_decoder_agrees(name: str) -> None:
+    reader = Reader(load(name))
+    index, values = reference_decoder.parts(load(name), COMMON)
+    found = reader.values()
+    assert len(found) == len(values)
+    for ours, theirs in zip(found, values):
+        ours = ours.values if isinstance(ours, Symbols) else ours
+        assert ours.dtype == theirs.dtype and ours.tobytes() == theirs.tobytes()
+    decoded = dict(reader.tensors())
+    reference = reference_decoder.tensors(load(name), COMMON)
+    assert decoded.keys() == reference.keys() and len(decoded) == len(index["slots"]) + len(index["raw"])
+    for key, tensor in decoded.items():
+        assert tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() == reference[key].tobytes(), key
+
+
+def test_the_specification_gives_the_dictionary() -> None:
+    text = (FOLDER.parent.parent / "docs" / "format.md").read_text(encoding="utf-8").split("## Dictionary")[1]
+    lines = [line[4:] for line in text.splitlines() if line.startswith("    ")]
+    assert "".join(lines).replace("\\0", "\0").encode() == COMMON
+
+
+def test_every_form_occurs() -> None:
+    forms = [(p.type, f) for name in FILES for p in Reader(load(name)).index.parts for f in p.forms]
+    symbols = [f for kind, f in forms if kind == "symbols"]
+    assert any(f.table == CONTEXTS and f.shift for f in symbols) and any(f.table >= 0 and f.shift for f in symbols)
+    assert any(f.table == PLAIN for f in symbols)
+    assert {f.table == PLAIN for kind, f in forms if kind != "symbols"} == {True, False}
+    groups = [Reader(load(name)).tables.classes for name in ("kernels", "matrices")]
+    assert groups[0][0] is not None and groups[1][1] is not None
+    assert max(Reader(load(name)).index.states for name in FILES) > 1
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_writing_is_certain(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bytes with few states and many, compiled and not."""
+    compiled: list[ModuleType | None] = [rans.fast, None]
+    written = []
+    for fast in compiled:
+        for few in (1, 1 << 20):
+            monkeypatch.setattr(rans, "fast", fast)
+            monkeypatch.setattr(rans, "FEW", few)
+            writer = Writer()
+            FILES[name](writer)
+            written.append(writer.to_bytes("golden"))
+            assert digest(dict(Reader(written[-1]).tensors())) == json.loads(RECORD.read_text())[name]
+    assert len(set(written)) == 1
+
+
+def main() -> None:
+    record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    for name, fill in FILES.items():
+        if name not in record:
+            writer = Writer()
+            fill(writer)
+            data = writer.to_bytes("golden")
+            (FOLDER / f"{name}.hfcompress.safetensors").write_bytes(data)
+            record[name] = digest(dict(Reader(data).tensors()))
+            print(f"{name}: {len(data)} bytes")
+    RECORD.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+
+
+if __name__ == "__main__":
+    main()
