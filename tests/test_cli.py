@@ -119,7 +119,8 @@ def test_inspect_accounts_for_every_byte(compressed, said):
     size = os.stat(compressed / FILE_NAME).st_size
     around = sum(found[part] for part in ("stream", "tables", "index", "header"))
     assert found["bytes"] == size == around + sum(t["array_bytes"] for t in found["tensors"])
-    assert 0 <= 8 * found["stream"] - sum(t["code_bits"] for t in found["tensors"]) < 64  # whole words
+    codes = sum(t["code_bits"] for t in found["tensors"])
+    assert 0 <= 8 * found["stream"] - codes < 512 + 0.0025 * codes  # the lanes' states
     assert found["bits_per_weight"] > 0
     for tensor in found["tensors"]:
         bits = tensor["code_bits"] + 8 * tensor["array_bytes"]

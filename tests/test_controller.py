@@ -353,7 +353,7 @@ def test_a_training_comes_to_its_target(tmp_path, caplog, target: Target, method
     assert trainer.compressor.outcome().reached
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(logged) == 12 and all({"rate_weight", "bits_per_weight", "sparsity"} <= entry.keys() for entry in logged)
-    assert logged[0]["bits_per_weight"] > 12 and logged[-1]["sparsity"] == pytest.approx(sparsity, abs=0.01)
+    assert logged[0]["bits_per_weight"] > 3 and logged[-1]["sparsity"] == pytest.approx(sparsity, abs=0.01)
     assert logged[-1]["loss"] < 2.0
 
 

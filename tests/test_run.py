@@ -65,7 +65,7 @@ def test_the_folder_holds_what_was_promised(run, name):
     assert {path.name for path in run.iterdir()} == set(NAMES)
     folder = run / name
     assert {path.name for path in folder.iterdir()} == {"student", "stages", "results.json", "recipe.yaml"}
-    student = {"config.json", FILE_NAME, "README.md", "training.png", "sizes.png"}
+    student = {"config.json", FILE_NAME, "README.md", "training.png", "sizes.png", "scores.png"}
     if name == "spelled-out":
         student |= TOKENIZER | {"generation_config.json"}
     assert {path.name for path in (folder / "student").iterdir()} == student
@@ -124,7 +124,7 @@ def test_the_recipe_is_kept_as_resolved(run, name):
     assert recipe.load(run / name / "recipe.yaml") == [wanted[name]]
 
 
-@pytest.mark.parametrize("picture", ["training.png", "sizes.png"])
+@pytest.mark.parametrize("picture", ["training.png", "sizes.png", "scores.png"])
 @pytest.mark.parametrize("name", NAMES)
 def test_pictures_show_something(run, name, picture):
     with Image.open(run / name / "student" / picture) as image:
