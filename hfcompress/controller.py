@@ -32,7 +32,7 @@ _START = 0.1
 _HIGHEST = 10.0  # more than the loss can ever withstand
 _APART = 2.0  # log λ₊ and log λ₋ differ by this at most, so that either can take over soon
 _SMOOTHED = 20  # steps over which the balance is averaged
-_MEASURED = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97)  # parts of the training after which a real file is encoded
+_MEASURED = (0.0, 0.3, 0.5, 0.65, 0.8, 0.95)  # parts of the training after which a real file is encoded
 _TOLERANCE = {"bits_per_weight": 0.02, "bytes": 0.02, "sparsity": 0.005}  # relative; of a sparsity absolute
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from commands import hfcompress
 from conftest import compress, make_inputs, make_model
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_api
 from mini_hub import TOKEN, Hub, reset, stall, status
 from small import rules, translation_trainer
 
@@ -43,6 +43,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A server that this process' client takes for the Hub; nobody waits between attempts."""
     with mini_hub.running() as running:
         monkeypatch.setattr(constants, "ENDPOINT", running.url)
+        monkeypatch.setattr(hf_api.api, "endpoint", running.url)  # made on import, whenever that was
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
