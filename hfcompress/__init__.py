@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from hfcompress.compressor import Compressor as Compressor
     from hfcompress.loading import load as load
     from hfcompress.methods import Dense as Dense
+    from hfcompress.methods import EntropyPenalized as EntropyPenalized
+    from hfcompress.methods import Levels as Levels
+    from hfcompress.methods import MultiHash as MultiHash
+    from hfcompress.methods import SoftThreshold as SoftThreshold
     from hfcompress.methods import Uniform as Uniform
     from hfcompress.reparameterization import Kind as Kind
     from hfcompress.reparameterization import Reparameterization as Reparameterization
@@ -21,6 +25,7 @@ if TYPE_CHECKING:
     from hfcompress.schema import Compression as Compression
     from hfcompress.schema import Distillation as Distillation
     from hfcompress.schema import Rule as Rule
+    from hfcompress.target import Target as Target
     from hfcompress.trainer import CompressionTrainer as CompressionTrainer
     from hfcompress.trainer import Seq2SeqCompressionTrainer as Seq2SeqCompressionTrainer
 
@@ -30,10 +35,15 @@ _HOMES = {
     "Compressor": "compressor",
     "Dense": "methods",
     "Distillation": "schema",
+    "EntropyPenalized": "methods",
     "Kind": "reparameterization",
+    "Levels": "methods",
+    "MultiHash": "methods",
     "Reparameterization": "reparameterization",
     "Rule": "schema",
     "Seq2SeqCompressionTrainer": "trainer",
+    "SoftThreshold": "methods",
+    "Target": "target",
     "Uniform": "methods",
     "dequantize": "saving",
     "load": "loading",

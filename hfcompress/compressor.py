@@ -151,8 +151,8 @@ class Compressor:
             per_weight = None if equal is None else equal * self.weights
             self.rate_weight = self.controller.update(bits.item(), self.sparsity(), per_weight)
         for latent, gradient in pairs:
-            gradient *= self.rate_weight / self.weights
-            latent.grad = gradient if latent.grad is None else latent.grad.add_(gradient)
+            force = gradient * (self.rate_weight / self.weights)
+            latent.grad = force if latent.grad is None else latent.grad.add_(force)
 
     def plan(self, steps: int, measure: Callable[[], int]) -> None:
         """With a target: a training of `steps` optimizer steps begins; `measure()` gives the file's bytes as of now."""
@@ -161,7 +161,7 @@ class Compressor:
 
     def outcome(self) -> Outcome | None:
         """How near the target, if there is one, the file comes now. Raises ConfigError: no training was planned."""
-        return None if self.controller is None else self.controller.measured(self.sparsity())
+        return None if self.controller is None else self.controller.outcome(self.sparsity())
 
     def sparsity(self) -> float:
         """The fraction of zeros among the weights whose rate can be trained, as they stand in the model."""

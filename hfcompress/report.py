@@ -27,7 +27,7 @@ __all__ = ["hardware", "plot_scores", "plot_sizes", "plot_training", "print_tabl
 # fmt: off
 _PACKAGES = (
     "hfcompress", "torch", "transformers", "accelerate", "datasets", "timm", "huggingface_hub", "safetensors",
-    "sacrebleu", "sentencepiece", "constriction", "numpy",
+    "sacrebleu", "sentencepiece", "numpy",
 )
 # fmt: on
 
@@ -119,6 +119,8 @@ def plot_training(curves: Mapping[str, Sequence[Mapping[str, Any]]], path: Path)
         ("loss", "training loss", "nats"),
         ("ce", "cross-entropy with the data", "nats"),
         ("kd", "distillation: T² · KL(teacher ‖ student)", "nats"),
+        ("bits_per_weight", "size on the way to the target", "bits per weight"),
+        ("sparsity", "zeros on the way to the target", "fraction of the weights"),
         _validation(curves),
     ]
     lines = {key: {stage: _line(history, key) for stage, history in curves.items()} for key, _, _ in panels}

@@ -112,7 +112,8 @@ class Run:
         student = task.build(recipe.student, teacher)
         if teacher is not None:
             check(teacher, student)
-        Compressor(student, recipe.compression.rules, rate_weight=recipe.compression.rate_weight)
+        wish = recipe.compression
+        Compressor(student, wish.rules, rate_weight=wish.rate_weight, target=wish.target)
 
     def _stages(self, task: Task) -> dict[str, Stage]:
         recipe = self.recipe

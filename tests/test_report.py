@@ -173,8 +173,8 @@ def test_parts_of_a_real_file_add_up_to_it(tmp_path: Path) -> None:
     known = {part.name: part for part in parts}
     assert known["linear"].values == 16 * 300 + 300 * 10
     assert known["linear"].content.keys() == {"codes", "scales, other arrays"}
-    assert 0 < known["bias"].bytes <= 2 * known["bias"].values
-    assert 0 < known["norm"].bytes <= 4 * known["norm"].values
+    assert known["bias"].bytes <= 2 * known["bias"].values
+    assert known["norm"].bytes <= 4 * known["norm"].values
     assert sum(part.values or 0 for part in parts) == sum(t.numel() for t in model.state_dict().values())
 
 
