@@ -161,7 +161,7 @@ class Compressor:
 
     def outcome(self) -> Outcome | None:
         """How near the target, if there is one, the file comes now. Raises ConfigError: no training was planned."""
-        return None if self.controller is None else self.controller.outcome(self.sparsity())
+        return None if self.controller is None else self.controller.measured(self.sparsity())
 
     def sparsity(self) -> float:
         """The fraction of zeros among the weights whose rate can be trained, as they stand in the model."""
