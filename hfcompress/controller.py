@@ -109,20 +109,18 @@ class Controller:
         state.done += 1
         return state.rate_weight
 
-    @property
-    def outcome(self) -> Outcome:
-        """As the last step estimated it."""
-        return self._outcome(self._state.bits / 8, self._state.sparsity)
-
     def measured(self, sparsity: float) -> Outcome:
         """As it is in the file now; `sparsity`: of the weights now. Raises ConfigError: nothing was planned."""
         _, measure = self._planned()
-        return self._outcome(math.nan if self.kind == "sparsity" else measure(), sparsity)
+        if self.kind == "sparsity":
+            return Outcome(self.kind, self.wanted, sparsity)
+        size = measure()
+        return Outcome(self.kind, self.wanted, size if self.kind == "bytes" else 8 * size / self.parameters)
 
     @property
-    def settled(self) -> bool:
-        """Whether the goal has come to the target, and the last step found it reached."""
-        return self._plan is not None and self._state.done >= _APPROACH * self._plan[0] and self.outcome.reached
+    def arrived(self) -> bool:
+        """Whether the goal has come to the target."""
+        return self._plan is not None and self._state.done >= _APPROACH * self._plan[0]
 
     def log_line(self) -> dict[str, float]:
         """For the training's log: what the last step took and estimated."""
@@ -164,10 +162,6 @@ class Controller:
         state.more, state.less = min(max(more, least), highest), min(max(less, least), highest)
         now = _PROPORTIONAL * _clip(error, _CLIPPED[0])
         return math.exp(min(state.more + now, highest)) - math.exp(min(state.less - now, highest))
-
-    def _outcome(self, size: float, sparsity: float) -> Outcome:
-        found = {"sparsity": sparsity, "bytes": size, "bits_per_weight": 8 * size / self.parameters}
-        return Outcome(self.kind, self.wanted, found[self.kind])
 
 
 def check(rate_weight: float, controller: Controller | None, *, trainable: bool) -> None:

@@ -195,9 +195,11 @@ class CompressionMixin(_Parent):
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """With a target, a model that has not come to it is none of those that can be the best."""
-        controller = None if self.compressor is None else self.compressor.controller
-        if controller is not None and not controller.settled:
-            return False
+        compressor = self.compressor
+        if compressor is not None and compressor.controller is not None:
+            outcome = compressor.outcome()
+            if not (compressor.controller.arrived and outcome is not None and outcome.reached):
+                return False
         best: bool = super()._determine_best_metric(metrics, trial)
         return best
 

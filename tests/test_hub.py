@@ -44,6 +44,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     with mini_hub.running() as running:
         monkeypatch.setattr(constants, "ENDPOINT", running.url)
         monkeypatch.setattr(hf_api.api, "endpoint", running.url)  # made on import, whenever that was
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)  # made on first use, if it exists
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
