@@ -47,6 +47,7 @@ def translate(
         settings = Sequences(
             beams=beams,
             n_best=n_best,
+            engine=engine.value,
             batch_size=batch,
             max_new_tokens=max_new_tokens,
             shard_rows=shard_rows,
@@ -57,4 +58,4 @@ def translate(
 
     from hfcompress.translate_command import run
 
-    run(model, data, (source, target), split, settings, output, engine is Engine.CTRANSLATE2, console())
+    run(model, data, (source, target), split, settings, output, console())

@@ -121,8 +121,10 @@ class Compressor:
             entry.parameter.data.copy_(weight.detach())
 
     def pull_back(self) -> None:
-        """Turn the parameters' gradients into the latents', and add the rate's. Advances the step of the draws."""
-        edges, gradients = [], []
+        """Turn the parameters' gradients into the latents', and add the rate's. Advances the step of the draws.
+
+        A parameter's gradient is freed as soon as its latents have theirs: both are never held for the whole model.
+        """
         for entry in self.entries.values():
             edge, entry.edge = entry.edge, None
             if entry.parameter.grad is None:
@@ -132,10 +134,8 @@ class Compressor:
                 if not weight.requires_grad:
                     continue
                 edge = get_gradient_edge(weight)
-            edges.append(edge)
-            gradients.append(entry.parameter.grad)
-        if edges:
-            torch.autograd.backward(edges, gradients)
+            torch.autograd.backward(edge, entry.parameter.grad)
+            entry.parameter.grad = None
         if self._priced:
             self._add_rate()
         self.step += 1

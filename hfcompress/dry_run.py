@@ -15,11 +15,22 @@ from hfcompress.data import Splits, is_local
 from hfcompress.errors import ConfigError
 from hfcompress.progress import quiet_libraries
 from hfcompress.run import Run
-from hfcompress.schema import ImageData, Network, Recipe
+from hfcompress.schema import Filters, ImageData, Network, Recipe, Scalar, TranslationData, Vocabulary
 from hfcompress.tasks import Images, Task, task_of
 
 _BATCH = 4
 _ROWS = 2 * _BATCH
+_TOKENS = 400
+_SENTENCES = TranslationData(embedded="cldr", source="de", target="en")
+_MARIAN: dict[str, Scalar] = {
+    "d_model": 32,
+    "encoder_layers": 6,
+    "decoder_layers": 6,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+}
 _QUICK = {
     "max_steps": 2,
     "eval_strategy": "no",
@@ -34,8 +45,9 @@ _QUICK = {
 def dry_run(recipe: Recipe, data_root: Path | None, console: Console) -> None:
     """Build a recipe's networks and rules, and take two optimizer steps of each stage that is trained.
 
-    Nothing is fetched from the Hub: images that are not in a folder here are random ones of the right shape, and a
-    timm model of the Hub has random weights. Raises whatever would stop the run.
+    Nothing is fetched from the Hub: images that are not in a folder here are random ones of the right shape, sentences
+    are Babel's names of days and countries; a timm model of the Hub has random weights, a translation model of the Hub
+    is a small random Marian of six layers a side. Raises whatever would stop the run.
     """
     quiet_libraries()
     data = recipe.translation or recipe.images
@@ -43,15 +55,18 @@ def dry_run(recipe: Recipe, data_root: Path | None, console: Console) -> None:
     here = data.embedded is not None or (
         data.folder is not None and (Path(data_root or ".") / data.folder).is_dir() and is_local(data, data_root)
     )
+    if recipe.translation is not None and not here:
+        console.print(f"{recipe.name}: the sentences are Babel's", markup=False, highlight=False)
+        recipe = replace(recipe, translation=_SENTENCES)
+        here = True
     small = _small(recipe, here)
     task: Task
     if here:
         task = task_of(small, data_root)
-    elif small.images is not None:
+    else:
+        assert small.images is not None
         console.print(f"{recipe.name}: the images are random", markup=False, highlight=False)
         task = Images(small, small.images, data_root, random_images(small.images, _classes(small)))
-    else:
-        raise ConfigError(f"{recipe.name}: sentences cannot be made up: give the folder that holds them as --data-root")
     with TemporaryDirectory() as folder:
         Run(small, Path(folder) / "run", data_root=data_root, console=console).train(task)
 
@@ -80,9 +95,18 @@ def _small(recipe: Recipe, here: bool) -> Recipe:
 
     def network(given: Network) -> Network:
         found = replace(given, training=shorter(given.training))
-        return _without_hub(found) if recipe.images is not None else found
+        return _without_hub(found) if recipe.images is not None else _small_marian(found)
 
     changes: dict[str, Any] = {}
+    teaching = recipe.distillation
+    if recipe.translation is not None:
+        if network(recipe.first).marian is not None:
+            changes["vocabulary"] = replace(recipe.vocabulary or Vocabulary(size=_TOKENS), size=_TOKENS)
+        quick_sequences = teaching.sequences and replace(
+            teaching.sequences, monolingual=None, max_new_tokens=8, filters=Filters(least_score=-1e9)
+        )
+        # a teacher of random weights translates nothing
+        changes["distillation"] = replace(teaching, least_bleu=0.0, sequences=quick_sequences)
     for name in ("translation", "images"):
         data = getattr(recipe, name)
         if data is not None and here:
@@ -95,6 +119,13 @@ def _small(recipe: Recipe, here: bool) -> Recipe:
         compression=replace(recipe.compression, training=shorter(recipe.compression.training)),
         **changes,
     )
+
+
+def _small_marian(network: Network) -> Network:
+    """A translation model of the Hub as a small one of random weights; one in a folder as it is."""
+    if network.pretrained is None or Path(network.pretrained).is_dir():
+        return network
+    return replace(network, pretrained=None, revision=None, marian=_MARIAN)
 
 
 def _without_hub(network: Network) -> Network:

@@ -37,7 +37,10 @@ class CompressedOptimizer(Optimizer):
         super().__init__(outer, base.defaults)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step: gradients of the weights → gradients of the latents → base step → weights decoded anew."""
+        """One step: gradients of the weights → gradients of the latents → base step → weights decoded anew.
+
+        Gradients of claimed weights are freed on the way; `on_pre_optimizer_step` is where a callback can read them.
+        """
         loss = None if closure is None else closure()
         for group, outer in zip(self.base.param_groups, self._outer_of):
             kept = ("params", "weight_decay") if group["fixed_decay"] else ("params",)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from rich.console import Console
+from torch import nn
 from transformers import PreTrainedModel
 
 from hfcompress import checkpoint, report, teaching
@@ -31,10 +32,11 @@ from hfcompress.recipe import SHIPPED, dump, load
 from hfcompress.results import DataFacts, Results, Row, Sample, by_kind
 from hfcompress.saving import dequantize
 from hfcompress.schema import Network, Recipe
-from hfcompress.stages import MARKER, Stage, fingerprints, finished, reuse, train, training_arguments
+from hfcompress.stages import MARKER, Stage, fingerprints, finished, found, train, training_arguments
 from hfcompress.students import cut_of
 from hfcompress.tasks import Task, Translation, task_of
 from hfcompress.teacher import check
+from hfcompress.teacher_cache import TeacherCache
 
 
 class Run:
@@ -152,12 +154,9 @@ class Run:
         teacher: Stage | None = None,
     ) -> Stage:
         folder, wanted = self.output / STAGES / name, self.wanted[name]
-        found = finished(name, folder, wanted)
-        for other in self.reuse_from:
-            found = found or reuse(name, other / STAGES / name, folder, wanted)
-        if found is not None:
+        if (before := self._found(name, wanted)) is not None:
             self._say(f"{name}: done before")
-            return found
+            return before
         model = build()
 
         def save(trainer: Any) -> None:
@@ -172,12 +171,24 @@ class Run:
         if cut := cut_of(model):
             self._say(f"{name}: {cut}")
         if teacher is not None:
-            shown = self.console if self.main else None
-            place = self.output / STAGES
-            taught = teaching.prepare(self.recipe, task, teacher.folder, place, self.data_root, shown)
-            extra = {**extra, "teacher": taught}
+            extra = {**extra, "teacher": self._taught_by(teacher, task)}
         self._say(f"{name}: training {parameters(model):,} parameters")
         return train(name, folder, wanted, task, model, self._settings(network), save, **extra)
+
+    def _taught_by(self, teacher: Stage, task: Task) -> nn.Module | TeacherCache:
+        """What students are trained with; what other runs have had from the same teacher is taken over."""
+        place, wanted = self.output / STAGES, self.wanted["teaching"]
+        for name in teaching.FOLDERS:
+            self._found(name, wanted)
+        shown = self.console if self.main else None
+        taught = teaching.prepare(self.recipe, task, teacher.folder, place, self.data_root, shown)
+        for name in teaching.FOLDERS:
+            if (place / name).is_dir():
+                self._mark(name, place / name, wanted)
+        return taught
+
+    def _found(self, name: str, wanted: str) -> Stage | None:
+        return found(name, self.output / STAGES / name, wanted, [other / STAGES / name for other in self.reuse_from])
 
     def _used_as_it_is(self, name: str, network: Network) -> bool:
         """A teacher without settings for training; and a student that has weights, but neither those nor a teacher."""
@@ -199,9 +210,8 @@ class Run:
     def _post_training(self, task: Task, student: Stage) -> Stage:
         """The trained full-precision student, compressed as it is: the baseline."""
         folder, wanted = self.output / STAGES / "post_training", self.wanted["post_training"]
-        found = finished("post_training", folder, wanted)
-        if found is not None:
-            return found
+        if (before := finished("post_training", folder, wanted)) is not None:
+            return before
         if self.main:
             model = load_model(student.folder)
             checkpoint.save(model, folder, Compressor(model, self.recipe.compression.rules))
@@ -247,16 +257,8 @@ class Run:
         yardsticks = {reference.title: reference.bytes, "this student in int8 + gzip": compressed.int8_gzip_bytes}
         report.plot_sizes(parts, folder / "sizes.png", yardsticks)
         results.save(self.output / RESULTS)
-        write_card(
-            folder,
-            self.recipe,
-            results,
-            parts,
-            samples,
-            self.command,
-            recipe_text=dump(self.recipe),
-            data=facts,
-        )
+        text = dump(self.recipe)
+        write_card(folder, self.recipe, results, parts, samples, self.command, recipe_text=text, data=facts)
 
     def _say(self, text: str, style: str | None = None) -> None:
         if self.main:

@@ -157,6 +157,7 @@ class Sequences:
 
     beams: int = Field(default=5, ge=1)
     n_best: int = Field(default=5, ge=1)
+    engine: Literal["transformers", "ctranslate2"] = "transformers"
     batch_size: int = Field(default=64, ge=1)
     max_new_tokens: int = Field(default=128, ge=1)
     shard_rows: int = Field(default=2000, ge=1)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -58,10 +58,17 @@ def fingerprints(recipe: Recipe) -> dict[str, str]:
     teacher = fingerprint(data_settings(recipe), recipe.teacher and asdict(recipe.teacher), recipe.training)
     loss = [asdict(recipe.distillation)] if recipe.teacher is not None else []
     student = fingerprint(teacher, asdict(recipe.student), *loss)
+    teaching = fingerprint(teacher, "teaching", *loss)
     rules = [[r.pattern, [k.value for k in r.kinds], repr(r.method)] for r in recipe.compression.rules]
     compression = asdict(recipe.compression, dict_factory=lambda items: {k: v for k, v in items if k != "rules"})
     post, compressed = fingerprint(student, rules), fingerprint(student, rules, compression)
-    return {"teacher": teacher, "student": student, "post_training": post, "compressed": compressed}
+    return {
+        "teacher": teacher,
+        "teaching": teaching,
+        "student": student,
+        "post_training": post,
+        "compressed": compressed,
+    }
 
 
 def finished(name: str, folder: Path, wanted: str) -> Stage | None:
@@ -77,8 +84,19 @@ def finished(name: str, folder: Path, wanted: str) -> Stage | None:
     return Stage(name, folder, wanted, record["seconds"], record["history"])
 
 
-def reuse(name: str, source: Path, folder: Path, wanted: str) -> Stage | None:
-    """Copy the stage from another run's folder if it was made with the same settings there; else None."""
+def found(name: str, folder: Path, wanted: str, others: Sequence[Path]) -> Stage | None:
+    """The stage as it stands in `folder`, or taken over from the first of the `others` that is of the same settings.
+
+    None: it is to be made. Raises ResumeError, as `finished` does.
+    """
+    there = finished(name, folder, wanted)
+    PartialState().wait_for_everyone()  # all have looked before the first copies
+    for other in others:
+        there = there or _take_over(name, other, folder, wanted)
+    return there
+
+
+def _take_over(name: str, source: Path, folder: Path, wanted: str) -> Stage | None:
     path = source / MARKER
     if not path.is_file() or json.loads(path.read_text(encoding="utf-8"))["fingerprint"] != wanted:
         return None

@@ -25,6 +25,8 @@ from hfcompress.translate import Backend, Generate, Text, finish, translate
 
 logger = logging.getLogger(__name__)
 
+FOLDERS = ("translations", "teacher_cache")
+"""Of a run's stages: what a teacher was asked for, before any student."""
 PAIRS = 100
 """So many validation pairs tell whether a teacher translates at all."""
 BREAKS = ("\r", "\v", "\f", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029")
@@ -44,7 +46,7 @@ def prepare(
         texts = [Text("train", task.splits.train["source"], task.splits.train["target"])]
         if wanted.sequences.monolingual is not None:
             texts.append(monolingual((data_root or Path()) / wanted.sequences.monolingual))
-        pairs = make_dataset(model, task.tokenizer, texts, wanted.sequences, stages / "translations", console)
+        pairs = make_dataset(model, task.tokenizer, texts, wanted.sequences, stages / FOLDERS[0], console)
         pairs = pairs.select_columns(["source", "target"])
         own = task.splits.train.select_columns(["source", "target"])
         task.train_on(concatenate_datasets([pairs, own]) if wanted.sequences.keep_pairs else pairs)
@@ -54,7 +56,7 @@ def prepare(
         model = model.to(PartialState().device)
         collator = DataCollatorForSeq2Seq(task.tokenizer, model=model)
         share = _share()
-        folder = stages / "teacher_cache"
+        folder = stages / FOLDERS[1]
         write(
             model,
             task.train,
@@ -76,9 +78,9 @@ def make_dataset(
     settings: Sequences,
     folder: Path,
     console: Console | None = None,
-    backend: Backend | None = None,
 ) -> Dataset:
     """Translations of `texts`, filtered; the work is shared out to all processes of the launch."""
+    backend = ctranslate2_backend(model, tokenizer, settings) if settings.engine == "ctranslate2" else None
     model = model.to(PartialState().device)
     with Shown(console, "translating") as shown:
         translate(model, tokenizer, texts, settings, folder, backend=backend, process=_share(), progress=shown)

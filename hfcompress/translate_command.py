@@ -15,7 +15,7 @@ from hfcompress.networks import from_pretrained
 from hfcompress.progress import quiet_libraries
 from hfcompress.schema import Sequences
 from hfcompress.sources import read_split
-from hfcompress.teaching import ctranslate2_backend, make_dataset, monolingual
+from hfcompress.teaching import make_dataset, monolingual
 from hfcompress.translate import SUMMARY, Text
 
 
@@ -26,7 +26,6 @@ def run(
     split: str,
     settings: Sequences,
     output: Path,
-    ctranslate2: bool,
     console: Console,
 ) -> None:
     """Translate, filter, write, and say what was left out. Raises ConfigError, DataError, ResumeError."""
@@ -34,8 +33,7 @@ def run(
     main = PartialState(cpu=not torch.accelerator.is_available()).is_main_process
     texts = [_pairs(data, split, languages) if data.is_dir() else monolingual(data)]
     tokenizer, teacher = from_pretrained(AutoTokenizer, model), load(model)
-    backend = ctranslate2_backend(teacher, tokenizer, settings) if ctranslate2 else None
-    kept = make_dataset(teacher, tokenizer, texts, settings, output, console if main else None, backend)
+    kept = make_dataset(teacher, tokenizer, texts, settings, output, console if main else None)
     if main:
         found = json.loads((output / SUMMARY).read_text(encoding="utf-8"))["counts"]
         left_out = ", ".join(f"{count:,} {name}" for name, count in found.items() if count and name != "kept")

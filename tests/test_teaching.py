@@ -27,16 +27,16 @@ from hfcompress.teacher_cache import TeacherCache
 TRAINING = {"per_device_train_batch_size": 16, "max_steps": 3, "use_cpu": True, "learning_rate": 1e-2}
 EVERYTHING = Filters(worst=0.1, least_score=-1e9, length_ratio=1e9)
 SEQUENCES = Sequences(beams=2, n_best=2, batch_size=16, max_new_tokens=12, filters=EVERYTHING, keep_pairs=True)
+STUDENT = Layers(encoder_layers=(1,), decoder_layers=1, ffn_dim=8, trim_vocabulary=True)
 
 
 def recipe(**changes):
     data = {"embedded": "cldr", "source": "de", "target": "en", "max_length": 24, "train_rows": 150, "test_rows": 12}
-    layers = Layers(encoder_layers=(1,), decoder_layers=1, ffn_dim=8, trim_vocabulary=True)
     sections = {
         "translation": TranslationData(**data),
         "vocabulary": Vocabulary(size=300),
         "teacher": Network(marian=TINY, training={}),
-        "student": Network(from_teacher=layers, training={}),
+        "student": Network(from_teacher=STUDENT, training={}),
         "distillation": Distillation(sequences=SEQUENCES, cache=4, temperature=1.0),
         "training": TRAINING,
     }
@@ -69,6 +69,17 @@ def test_the_stages_leave_what_they_should(first):
     assert teacher.config.vocab_size == student.config.vocab_size <= 300
     assert cut_of(student).encoder_layers == (1,)
     assert all("kd" in entry for entry in stages["student"].history if "loss" in entry and "ce" in entry)
+
+
+def test_another_run_takes_over_what_the_teacher_said(first, tmp_path):
+    """Only what differs is trained anew; the translations are those of the first."""
+    _, _, folder = first
+    other = recipe(student=Network(from_teacher=STUDENT, training={"max_steps": 2}))
+    _, said = train(other, tmp_path / "run", reuse_from=[folder])
+    assert said.count("done before") == 1 and "translating: 150 of 150 rows, " not in said
+    names = ["translations/.shards/00000.parquet", "teacher_cache/00000/mass.npy"]
+    for name in names:
+        assert (tmp_path / "run/stages" / name).read_bytes() == (folder / "stages" / name).read_bytes()
 
 
 def test_resumed_nothing_is_done_twice(first, tmp_path):

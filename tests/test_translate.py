@@ -137,8 +137,8 @@ def test_ctranslate2_says_the_same(taught, tmp_path):
     model, tokenizer, pairs = taught
     greedy = replace(SETTINGS, beams=1, n_best=1)
     made = [
-        make_dataset(model, tokenizer, texts(pairs), greedy, tmp_path / name, backend=backend)
-        for name, backend in (("a", None), ("b", ctranslate2_backend(model, tokenizer, greedy)))
+        make_dataset(model, tokenizer, texts(pairs), replace(greedy, engine=engine), tmp_path / engine)
+        for engine in ("transformers", "ctranslate2")
     ]
     assert made[0]["target"] == made[1]["target"]
     beam = ctranslate2_backend(model, tokenizer, SETTINGS)(list(pairs["source"][:3]))
