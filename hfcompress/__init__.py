@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from hfcompress.methods import Dense as Dense
     from hfcompress.methods import EntropyPenalized as EntropyPenalized
     from hfcompress.methods import Levels as Levels
+    from hfcompress.methods import Magnitude as Magnitude
     from hfcompress.methods import MultiHash as MultiHash
     from hfcompress.methods import SoftThreshold as SoftThreshold
     from hfcompress.methods import Uniform as Uniform
@@ -42,6 +43,7 @@ _HOMES = {
     "Reparameterization": "reparameterization",
     "Rule": "schema",
     "Seq2SeqCompressionTrainer": "trainer",
+    "Magnitude": "methods",
     "SoftThreshold": "methods",
     "Target": "target",
     "Uniform": "methods",

@@ -1,5 +1,6 @@
 """Recipes: read from YAML, changed by overrides, checked whole, written back; and those that are shipped."""
 
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import MISSING, dataclass, fields, is_dataclass
@@ -194,6 +195,14 @@ def find(name_or_path: str, folder: Path = SHIPPED) -> Path:
         return named[name_or_path]
     found = "a folder, not a recipe file" if path.is_dir() else "no such file"
     raise ConfigError(f"{name_or_path}: {found}, nor a shipped recipe's name{nearest(name_or_path, named)}")
+
+
+def command_line(verb: str, path: Path, overrides: Sequence[str], data_root: Path | None) -> str:
+    """What reproduces a run or a sweep, for its card or table: no folder of this machine is named."""
+    shipped = path.resolve().is_relative_to(SHIPPED)
+    name = Path("recipes") / path.resolve().relative_to(SHIPPED) if shipped else Path(path.name)
+    root = ["--data-root", "FOLDER"] if data_root else []
+    return shlex.join(["hfcompress", verb, name.as_posix(), *overrides, *root])
 
 
 def _named(folder: Path) -> dict[str, Path]:

@@ -6,7 +6,6 @@ teacher ──▶ student ──▶ post_training          stages/…: each trai
 """
 
 import json
-import shlex
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ from hfcompress.measure import row_of, score_afresh
 from hfcompress.networks import parameters
 from hfcompress.output import RECIPE, RESULTS, STAGES, VALIDATION, Output
 from hfcompress.progress import quiet_libraries
-from hfcompress.recipe import SHIPPED, dump, load
+from hfcompress.recipe import command_line, dump, load
 from hfcompress.results import DataFacts, Results, Row, Sample, by_kind
 from hfcompress.saving import dequantize
 from hfcompress.schema import Network, Recipe
@@ -230,14 +229,15 @@ class Run:
         """Every stage's folder, scored by a fresh process that has only the files."""
         self._say("scoring the files in a fresh process")
         path = self.output / STAGES / "scores.json"
-        folders = [stage.folder for stage in stages.values()]
         splits = ("test", "validation") if self.validation else ("test",)
-        scored = score_afresh(folders, self.output / RECIPE, path, self.data_root, splits)
+        scored = score_afresh(
+            [stage.folder for stage in stages.values()], self.output / RECIPE, path, self.data_root, splits
+        )
         rows: list[Row] = []
         for name, stage in stages.items():
             rows.append(row_of(name, stage.folder, scored[str(stage.folder)]["scores"], rows))
         if self.validation:
-            also = {name: scored[str(stage.folder)]["also"]["validation"] for name, stage in stages.items()}
+            also = {name: scored[str(s.folder)]["also"]["validation"] for name, s in stages.items()}
             write_atomically(self.output / VALIDATION, json.dumps(also, indent=1).encode())
         seconds = {name: round(stage.seconds, 1) for name, stage in stages.items()}
         results = Results(tuple(rows), self.recipe.seed, report.versions(), report.hardware(), seconds)
@@ -246,11 +246,10 @@ class Run:
 
     def _publish(self, results: Results, samples: Sequence[Sample], stages: dict[str, Stage], facts: DataFacts) -> None:
         folder = self.output / "student"
-        ignored = shutil.ignore_patterns(MARKER, "checkpoints")
-        shutil.copytree(stages["compressed"].folder, folder, dirs_exist_ok=True, ignore=ignored)
+        source, ignored = stages["compressed"].folder, shutil.ignore_patterns(MARKER, "checkpoints")
+        shutil.copytree(source, folder, dirs_exist_ok=True, ignore=ignored)
         parts = by_kind(checkpoint.sizes(checkpoint.read(folder)))
-        curves = {name: stage.history for name, stage in stages.items() if stage.history}
-        report.plot_training(curves, folder / "training.png")
+        report.plot_training({n: s.history for n, s in stages.items() if s.history}, folder / "training.png")
         report.plot_scores(results, folder / "scores.png")
         reference, compressed = results.reference, results.row("compressed")
         assert reference is not None and compressed is not None
@@ -280,7 +279,7 @@ def run_file(
     def place(base: Path, recipe: Recipe) -> Path:
         return base if len(recipes) == 1 else base / recipe.name
 
-    options = {**options, "data_root": data_root, "command": _command(path, overrides, data_root)}
+    options = {**options, "data_root": data_root, "command": command_line("run", path, overrides, data_root)}
     runs = [
         Run(
             recipe,
@@ -291,11 +290,3 @@ def run_file(
         for recipe in recipes
     ]
     return [run.run() for run in runs]
-
-
-def _command(path: Path, overrides: Sequence[str], data_root: Path | None) -> str:
-    """What reproduces a run, for its card: no folder of this machine is named."""
-    shipped = path.resolve().is_relative_to(SHIPPED)
-    name = Path("recipes") / path.resolve().relative_to(SHIPPED) if shipped else Path(path.name)
-    root = ["--data-root", "FOLDER"] if data_root else []
-    return shlex.join(["hfcompress", "run", name.as_posix(), *overrides, *root])

@@ -5,7 +5,6 @@ cells ──▶ `hfcompress run --validation`     cells/POINT/seed-N: one folder
 all of them ──▶ results.json, table.md, plot.png     written after every cell: a stopped sweep has them too
 """
 
-import shlex
 import signal
 import sys
 import time
@@ -23,7 +22,7 @@ from hfcompress.errors import ConfigError, Interrupted
 from hfcompress.files import write_atomically
 from hfcompress.jobs import Job
 from hfcompress.output import RECIPE, RESULTS, STAGES, VALIDATION
-from hfcompress.recipe import SHIPPED, dump
+from hfcompress.recipe import command_line, dump
 from hfcompress.stages import MARKER, fingerprints
 from hfcompress.sweep_report import plot, write_table
 from hfcompress.sweep_results import SweepResults, cell_folder, error_file, gather
@@ -212,14 +211,6 @@ def run_sweep(
     if dry_run:
         with TemporaryDirectory() as folder:
             return SweepRun(plan, Path(folder), **{**options, "resume": False}).rehearse()
-    options = {**options, "resume": options["resume"] or report, "command": _command(*command)}
+    options = {**options, "resume": options["resume"] or report, "command": command_line("sweep", *command)}
     made = SweepRun(plan, output, **options)
     return (made.report() if report else made.run()).failed
-
-
-def _command(path: Path, overrides: Sequence[str], data_root: Path | None) -> str:
-    """What reproduces a sweep, for its table: no folder of this machine is named."""
-    shipped = path.resolve().is_relative_to(SHIPPED)
-    name = Path("recipes") / path.resolve().relative_to(SHIPPED) if shipped else Path(path.name)
-    root = ["--data-root", "FOLDER"] if data_root else []
-    return shlex.join(["hfcompress", "sweep", name.as_posix(), *overrides, *root])

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hfcompress.methods import Dense, EntropyPenalized, Levels, MultiHash, SoftThreshold, Uniform
+from hfcompress.methods import Dense, EntropyPenalized, Levels, Magnitude, MultiHash, SoftThreshold, Uniform
 from hfcompress.reparameterization import Description, Latents, Reparameterization, Slot
 
 TABLE: tuple[Reparameterization, ...] = (
@@ -44,6 +44,9 @@ TABLE: tuple[Reparameterization, ...] = (
     SoftThreshold(survivors=2),
     SoftThreshold(survivors=5),
     SoftThreshold(survivors=8),
+    Magnitude(),
+    Magnitude(sparsity=0.0),
+    Magnitude(sparsity=0.55),
 )
 
 
@@ -54,7 +57,7 @@ def name_of(method: Reparameterization) -> str:
 
 def largest(method: Reparameterization, dtype: torch.dtype) -> float:
     """Weights up to this size survive the method's narrowest format, and the weight's own."""
-    narrow = "float16" in json.dumps(asdict(method)) or dtype == torch.float16
+    narrow = "float16" in json.dumps(asdict(method)) or isinstance(method, Magnitude) or dtype == torch.float16
     return 3e4 if narrow else 1e35  # sums over a tensor are finite too
 
 

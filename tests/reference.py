@@ -182,6 +182,12 @@ def soft_threshold(
     return values, of_weights, -g * (1 - g) * of_s
 
 
+def magnitude(weights: Sequence[float], sparsity: float) -> list[float]:
+    """The smallest ⌊sparsity · n⌋ of n weights are zero; of those as large as the smallest that is kept none is."""
+    kept = sorted(abs(w) for w in weights)[math.floor(sparsity * len(weights)) :]
+    return [w if abs(w) >= kept[0] else 0.0 for w in weights]
+
+
 def soft_count(weights: Sequence[float], s: float, sharpness: int) -> float:
     """How many weights are above g(s), each counted as 1 / (1 + e^−x) with x = sharpness · log(|w| / g(s))."""
     g = 1 / (1 + math.exp(-s))

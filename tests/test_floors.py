@@ -10,7 +10,7 @@ import hfcompress
 ROOT = Path(hfcompress.__file__).parent
 FLOORS = """
 errors rounding losses probe padding files plugin progress cifar paper_networks density jobs
-coding.bits coding.symbols sealed output zoo
+coding.bits coding.symbols sealed packing output zoo
 coding
 coding.tables coding.contexts
 coding.fast coding.pool coding.classes
@@ -19,6 +19,7 @@ coding.plan coding.decoder
 reparameterization target
 controller
 methods.dense methods.entropy methods.hashing methods.levels methods.threshold methods.uniform
+methods.magnitude
 methods index
 parts
 compressor container schema folder

@@ -89,8 +89,7 @@ class SoftThreshold(Reparameterization):
         codes, step = self._codes(latents["weight"].detach(), latents["threshold"].detach())
         found = codes.flatten().cpu()
         if step is None:
-            survivors = found[found != 0].to(torch.float16).numpy()
-            return {"alive": Symbols((found != 0).to(torch.int32).numpy()), "survivors": survivors}
+            return sparse(found)
         return {"codes": Symbols(found.to(torch.int32).numpy()), "step": step.reshape(1).cpu().numpy()}
 
     def restore(self, description: Description, slot: Slot) -> Latents:
@@ -100,10 +99,7 @@ class SoftThreshold(Reparameterization):
             if step[0] < 0:
                 raise FormatError("'step' is negative")
             return {"codes": torch.from_numpy(codes.copy()), "step": torch.from_numpy(step.copy())}
-        alive = symbols_in(description, "alive", slot.numel, 0, 1).astype(bool)
-        values = np.zeros(slot.numel, dtype=np.float32)
-        values[alive] = array_in(description, "survivors", int(alive.sum()), "float16")
-        return {"values": torch.from_numpy(values)}
+        return {"values": sparse_values(description, slot)}
 
     @property
     def _top(self) -> int:
@@ -124,8 +120,8 @@ class SoftThreshold(Reparameterization):
         if self.survivors == "float16":
             each, more = 16.0, 0.0
         else:
-            each, more = _entropy(counts[1:]) / max(alive, 1), 32.0
-        bits = _entropy(np.array([zeros, alive])) + each * alive + more
+            each, more = entropy(counts[1:]) / max(alive, 1), 32.0
+        bits = entropy(np.array([zeros, alive])) + each * alive + more
         # where nearly all survive, one zero more would cost bits too: pruning has to begin all the same
         return bits, max(each + math.log2((zeros + 1) / (alive + 1)), 1.0)
 
@@ -159,7 +155,22 @@ def _dequantize(codes: Tensor, step: Tensor) -> Tensor:
     return (codes - 0.5 * codes.sign()) * step
 
 
-def _entropy(counts: NDArray[np.float64]) -> float:
+def sparse(values: Tensor) -> Description:
+    """Which of `values`, float32 numbers that float16 has, are not zero, and those."""
+    found = values.flatten().cpu()
+    survivors = found[found != 0].to(torch.float16).numpy()
+    return {"alive": Symbols((found != 0).to(torch.int32).numpy()), "survivors": survivors}
+
+
+def sparse_values(description: Description, slot: Slot) -> Tensor:
+    """What `sparse` described: float32, flat. Raises FormatError."""
+    alive = symbols_in(description, "alive", slot.numel, 0, 1).astype(bool)
+    values = np.zeros(slot.numel, dtype=np.float32)
+    values[alive] = array_in(description, "survivors", int(alive.sum()), "float16")
+    return torch.from_numpy(values)
+
+
+def entropy(counts: NDArray[np.float64]) -> float:
     """n · H of n symbols with these counts, in bits."""
     found = counts[counts > 0]
     return float(-(found * np.log2(found / found.sum())).sum())
