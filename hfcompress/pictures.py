@@ -70,13 +70,13 @@ class Pictures(torch.utils.data.Dataset[dict[str, Any]]):
 
 def pixels(processor: TimmWrapperImageProcessor) -> Callable[[PIL.Image.Image], Tensor]:
     """PIL image → [channels, size, size], as `processor` prepares it, grey or in colour as its network expects."""
-    mode = _mode(processor)
+    mode = mode_of(processor)
     return lambda image: processor(image.convert(mode))["pixel_values"][0]
 
 
 def _eight_bit(processor: TimmWrapperImageProcessor) -> Callable[[PIL.Image.Image], np.ndarray]:
     """PIL image → the bytes [channels, size, size] of which the processor makes its numbers."""
-    mode, (_, height, width) = _mode(processor), processor.data_config["input_size"]
+    mode, (_, height, width) = mode_of(processor), processor.data_config["input_size"]
     *before, normalise = processor.val_transforms.transforms
     assert type(normalise).__name__ == "Normalize"
     whole = processor.data_config["crop_pct"] == 1
@@ -94,5 +94,6 @@ def _eight_bit(processor: TimmWrapperImageProcessor) -> Callable[[PIL.Image.Imag
     return read
 
 
-def _mode(processor: TimmWrapperImageProcessor) -> str:
+def mode_of(processor: TimmWrapperImageProcessor) -> str:
+    """PIL's name for grey, where a network expects one channel, or for colour."""
     return "L" if processor.data_config["input_size"][0] == 1 else "RGB"

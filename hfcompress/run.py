@@ -23,7 +23,7 @@ from hfcompress.compressor import Compressor
 from hfcompress.errors import HFCompressError
 from hfcompress.files import write_atomically
 from hfcompress.loading import load as load_model
-from hfcompress.measure import row_of, score_afresh
+from hfcompress.measure import paired_tests, row_of, score_afresh
 from hfcompress.networks import parameters
 from hfcompress.output import RECIPE, RESULTS, STAGES, VALIDATION, Output
 from hfcompress.progress import quiet_libraries
@@ -131,7 +131,10 @@ class Run:
         post = self._post_training(task, student)
         begin = (lambda: load_model(student.folder)) if recipe.compression.warm_start else start
         extra = {**extra, "compression": recipe.compression}
-        compressed = self._stage("compressed", task, self._twin(), begin, extra, teacher)
+        twin = student if recipe.compression.taught_by_twin else None
+        if twin is not None:
+            extra = {**extra, "distillation": recipe.distillation}
+        compressed = self._stage("compressed", task, self._twin(), begin, extra, teacher, twin)
         students = {"student": student, "post_training": post, "compressed": compressed}
         return {"teacher": teacher, **students} if teacher else students
 
@@ -151,7 +154,9 @@ class Run:
         build: Callable[[], PreTrainedModel],
         extra: dict[str, Any],
         teacher: Stage | None = None,
+        twin: Stage | None = None,
     ) -> Stage:
+        """The stage, trained unless it is there. What a teacher gives is the data's too, though a `twin` may teach."""
         folder, wanted = self.output / STAGES / name, self.wanted[name]
         if (before := self._found(name, wanted)) is not None:
             self._say(f"{name}: done before")
@@ -169,10 +174,11 @@ class Run:
             return self._as_it_is(name, folder, wanted, model, task)
         if cut := cut_of(model):
             self._say(f"{name}: {cut}")
-        if teacher is not None:
-            extra = {**extra, "teacher": self._taught_by(teacher, task)}
+        taught = self._taught_by(teacher, task) if teacher is not None else None
+        if twin is not None:
+            taught = load_model(twin.folder)
         self._say(f"{name}: training {parameters(model):,} parameters")
-        return train(name, folder, wanted, task, model, self._settings(network), save, **extra)
+        return train(name, folder, wanted, task, model, self._settings(network), save, teacher=taught, **extra)
 
     def _taught_by(self, teacher: Stage, task: Task) -> nn.Module | TeacherCache:
         """What students are trained with; what other runs have had from the same teacher is taken over."""
@@ -209,7 +215,7 @@ class Run:
     def _post_training(self, task: Task, student: Stage) -> Stage:
         """The trained full-precision student, compressed as it is: the baseline."""
         folder, wanted = self.output / STAGES / "post_training", self.wanted["post_training"]
-        if (before := finished("post_training", folder, wanted)) is not None:
+        if (before := self._found("post_training", wanted)) is not None:
             return before
         if self.main:
             model = load_model(student.folder)
@@ -240,7 +246,8 @@ class Run:
             also = {name: scored[str(s.folder)]["also"]["validation"] for name, s in stages.items()}
             write_atomically(self.output / VALIDATION, json.dumps(also, indent=1).encode())
         seconds = {name: round(stage.seconds, 1) for name, stage in stages.items()}
-        results = Results(tuple(rows), self.recipe.seed, report.versions(), report.hardware(), seconds)
+        paired = paired_tests({n: scored[str(s.folder)] for n, s in stages.items()}, self.recipe.evaluation.bootstrap)
+        results = Results(tuple(rows), self.recipe.seed, report.versions(), report.hardware(), seconds, paired)
         samples = [Sample(**s) for s in scored[str(stages["compressed"].folder)]["samples"]]
         return results, samples
 

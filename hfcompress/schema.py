@@ -78,8 +78,10 @@ class TranslationData(Source):
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Augmentation:
-    """Of training images: a crop after padding by `crop_padding` pixels on each side, a mirror image half the time."""
+    """Of training images: a part of any size, scaled, as for ImageNet; a crop after padding by `crop_padding` pixels on
+    each side, as for CIFAR-10; a mirror image half the time."""
 
+    resized_crop: bool = False
     crop_padding: int = Field(default=0, ge=0)
     flip: bool = False
 
@@ -225,6 +227,8 @@ class Compression:
     rules: tuple[Rule, ...] = Field(min_length=1)
     # start from the trained full-precision student instead of from its starting point
     warm_start: bool = False
+    # distil from the trained full-precision student, in place of the teacher or without one
+    taught_by_twin: bool = False
     rate_weight: float = Field(default=0.0, ge=0)  # weight of the rate (bits per claimed weight) in the loss
     target: Target | None = None  # the size or sparsity for which the rate's weight is found
     training: TrainingSettings | None = None  # on top of the student's; null: exactly the student's

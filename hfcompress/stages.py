@@ -61,7 +61,8 @@ def fingerprints(recipe: Recipe) -> dict[str, str]:
     teaching = fingerprint(teacher, "teaching", *loss)
     rules = [[r.pattern, [k.value for k in r.kinds], repr(r.method)] for r in recipe.compression.rules]
     compression = asdict(recipe.compression, dict_factory=lambda items: {k: v for k, v in items if k != "rules"})
-    post, compressed = fingerprint(student, rules), fingerprint(student, rules, compression)
+    twin = [asdict(recipe.distillation)] if recipe.compression.taught_by_twin else []
+    post, compressed = fingerprint(student, rules), fingerprint(student, rules, compression, *twin)
     return {
         "teacher": teacher,
         "teaching": teaching,

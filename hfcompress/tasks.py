@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from hfcompress import losses
+from hfcompress.crops import ResizedCrops
 from hfcompress.data import Splits, is_local, label_names, load_images, load_translation, overlap
 from hfcompress.errors import ResumeError
 from hfcompress.evaluate import Progress, score_images, score_translation
@@ -168,10 +169,11 @@ class Images(Task):
 
     def trainer_arguments(self, model: PreTrainedModel) -> dict[str, Any]:
         processor = TimmWrapperImageProcessor(model.config.pretrained_cfg, model.config.architecture)
-        train, validation = (self._read(name, processor) for name in ("train", "validation"))
+        seed, wanted = self.recipe.seed, self.data.augmentation
+        cut = ResizedCrops(self.splits.train, processor, seed) if wanted.resized_crop else None
         return {
-            "train_dataset": AugmentedImages(train, self.data.augmentation, self.recipe.seed),
-            "eval_dataset": validation,
+            "train_dataset": AugmentedImages(cut or self._read("train", processor), wanted, seed),
+            "eval_dataset": self._read("validation", processor),
             "data_collator": _collate,
             "compute_metrics": _accuracy,
         }
@@ -204,6 +206,8 @@ class AugmentedImages(torch.utils.data.Dataset[dict[str, Any]]):
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
+        if isinstance(self.rows, ResizedCrops):
+            self.rows.epoch = epoch
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -213,7 +217,7 @@ class AugmentedImages(torch.utils.data.Dataset[dict[str, Any]]):
 
     def __getitems__(self, rows: Sequence[int]) -> list[dict[str, Any]]:
         """Several rows in one go, as torch's DataLoader asks for them."""
-        together = isinstance(self.rows, Pictures)
+        together = isinstance(self.rows, (Pictures, ResizedCrops))
         found = self.rows.__getitems__(rows) if together else [self.rows[row] for row in rows]
         if not (self.augmentation.crop_padding or self.augmentation.flip):
             return found

@@ -27,6 +27,7 @@ optimizer checkpoint callbacks
 redistribution teacher trimming students sources corpora yaml_lines
 networks data teacher_cache filters positions tokenizer results recipe_checks saving
 pictures
+crops
 evaluate translate recipe quantizer
 loading inspection
 verify originals

@@ -1,6 +1,7 @@
 """Recipes without a teacher: the full-precision student is the reference, trained or as it was given."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import timm
@@ -18,7 +19,17 @@ from hfcompress.recipe import load as load_recipes
 from hfcompress.reparameterization import Kind
 from hfcompress.results import Results
 from hfcompress.run import Run
-from hfcompress.schema import Compression, ImageData, Layers, Network, Recipe, Rule, TranslationData, Vocabulary
+from hfcompress.schema import (
+    Compression,
+    Distillation,
+    ImageData,
+    Layers,
+    Network,
+    Recipe,
+    Rule,
+    TranslationData,
+    Vocabulary,
+)
 from hfcompress.stages import fingerprints
 from hfcompress.tasks import task_of
 
@@ -99,6 +110,18 @@ def test_without_settings_a_student_from_random_weights_is_trained(tmp_path):
     assert stages["student"].seconds > 0
 
 
+def test_the_twin_can_be_the_teacher(tmp_path):
+    """As differentiable quantization is trained in the paper: from the network's own full-precision copy."""
+    wanted = Compression(rules=RULES, warm_start=True, taught_by_twin=True)
+    made = recipe(compression=wanted, training={**QUICK, "logging_steps": 1})
+    stages, _ = Run(made, tmp_path).train(task_of(made, None))
+    assert not any("kd" in entry for entry in stages["student"].history)
+    assert all("kd" in entry for entry in stages["compressed"].history if "loss" in entry)
+    warmer = replace(made, distillation=Distillation(temperature=3.0))
+    assert fingerprints(warmer)["student"] == fingerprints(made)["student"]
+    assert fingerprints(warmer)["compressed"] != fingerprints(made)["compressed"]
+
+
 def test_a_student_does_not_depend_on_a_teacher_that_is_not_there():
     alone, distilled = (fingerprints(recipe(teacher=t)) for t in (None, Network(timm="lenet_300_100")))
     assert all(alone[stage] != distilled[stage] for stage in STAGES)
@@ -158,7 +181,3 @@ def test_what_a_dry_run_cannot_do():
     hub = {"hub": "some/where", "size": 32, "validation_fraction": 0.1, "validation": None}
     with pytest.raises(ConfigError, match="only timm's own models can be built"):
         dry_run(recipe(images=ImageData(**hub), student=Network(pretrained="some/model")), None, Silent())
-    words = TranslationData(hub="some/where", source="de", target="en")
-    made = recipe(images=None, translation=words, student=Network(marian=TINY), vocabulary=Vocabulary(size=100))
-    with pytest.raises(ConfigError, match="sentences cannot be made up"):
-        dry_run(made, None, Silent())
