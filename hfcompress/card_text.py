@@ -10,11 +10,13 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from hfcompress.reparameterization import Kind
-from hfcompress.results import METRICS, Part, Results, Row, Sample, Score, readable_bytes
+from hfcompress.results import METRICS, Paired, Part, Results, Row, Sample, Score, readable_bytes
 from hfcompress.schema import ImageData, Network, Recipe, Rule, TranslationData
 
 WORST = TYPICAL = 4
 """Samples shown: so many of the lowest score, so many from the middle of the ranking."""
+
+_LEVEL = 0.05  # a difference with a smaller p-value counts as one
 
 _LONGEST = 240  # characters of a sample that are shown: a student that cannot stop must not fill the card
 
@@ -53,8 +55,9 @@ def comparisons(results: Results, row: Row) -> Iterator[str]:
     for key in _spoken_for(results, row):
         for name, called in _CALLED.items():
             other = results.row(name)
+            paired = next((p for p in results.paired if (p.against, p.metric) == (name, key)), None)
             if other is not None and key in other.scores:
-                yield f"{METRICS[key].name} {_compare(row.scores[key], called, other.scores[key])}."
+                yield f"{METRICS[key].name} {_compare(row.scores[key], called, other.scores[key], paired)}."
     if row.int8_gzip_bytes:
         share, yardstick = row.bytes / row.int8_gzip_bytes, readable_bytes(row.int8_gzip_bytes)
         yield f"{share:.2f} × the bytes of the same student as int8 + gzip ({yardstick})."
@@ -65,13 +68,21 @@ def _spoken_for(results: Results, row: Row) -> list[str]:
     return [metric for metric in results.metrics if metric in row.scores][:1]
 
 
-def _compare(score: Score, called: str, other: Score) -> str:
+def _compare(score: Score, called: str, other: Score, paired: Paired | None) -> str:
     difference = round(score.value - other.value, 2)
     side = "above" if difference > 0 else "below"
     found = f"{abs(difference):.2f} points {side} {called}" if difference else f"equal to that of {called}"
-    if score.measured and other.measured:
+    if paired is not None:
+        found += f"; {_verdict(paired)}"
+    elif score.measured and other.measured:
         found += f"; the 95 % intervals {'overlap' if score.overlaps(other) else 'do not overlap'}"
     return found
+
+
+def _verdict(paired: Paired) -> str:
+    said = "the difference is significant" if paired.p_value < _LEVEL else "no significant difference"
+    p = f"p = {paired.p_value:.3f}" if paired.p_value >= 0.001 else "p < 0.001"
+    return f"{said} ({p}, paired bootstrap of {paired.resamples:,} samples of the {paired.n:,} rows)"
 
 
 def making(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -84,8 +95,13 @@ def making(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if weights.soft and recipe.teacher is not None:
         loss += f" + {weights.soft:g} · T² · KL(teacher ‖ student), T = {weights.temperature:g}"
     yield "Loss of both students", loss
+    if weights.sequences is not None:
+        beside = ", beside the references" if weights.sequences.keep_pairs else " in place of the references"
+        yield "Training sentences", f"the teacher's translations (beam {weights.sequences.beams}){beside}"
     start = "the trained full-precision student" if compression.warm_start else "the student's starting point"
     how = f"from {start}, with its weights compressed at every step"
+    if compression.taught_by_twin:
+        how += ", taught by the trained full-precision student"
     if compression.rate_weight:
         how += f", and {compression.rate_weight:g} · bits per parameter added to the loss"
     yield "Compressed training", how
@@ -108,7 +124,8 @@ def _network(network: Network) -> str:
 def signatures(results: Results) -> list[tuple[str, str, int]]:
     """(metric, how it was computed, rows): one a metric, or more where models were scored differently."""
     scores = [(METRICS[m].name, r.scores[m]) for m in results.metrics for r in results.rows if m in r.scores]
-    return list(dict.fromkeys((metric, score.signature, score.n) for metric, score in scores))
+    tests = [(f"{METRICS[p.metric].name}, paired bootstrap", p.signature, p.n) for p in results.paired]
+    return list(dict.fromkeys([*((metric, score.signature, score.n) for metric, score in scores), *tests]))
 
 
 def score_table(results: Results) -> Table:
