@@ -26,8 +26,8 @@ _MARIAN: dict[str, Scalar] = {
     "d_model": 32,
     "encoder_layers": 6,
     "decoder_layers": 6,
-    "encoder_ffn_dim": 64,
-    "decoder_ffn_dim": 64,
+    "encoder_ffn_dim": 2048,
+    "decoder_ffn_dim": 2048,
     "encoder_attention_heads": 4,
     "decoder_attention_heads": 4,
 }

@@ -1,13 +1,14 @@
 """Scores of a folder or repository as plain transformers loads it, and the yardsticks for its size."""
 
 import gzip
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from datasets import Dataset
 from sacrebleu.metrics import BLEU, CHRF
+from sacrebleu.significance import PairedTest
 from torch import Tensor, nn
 from transformers import (
     AutoModelForImageClassification,
@@ -22,7 +23,7 @@ from hfcompress.compressor import unsaved
 from hfcompress.errors import DataError
 from hfcompress.networks import check_classifier, from_pretrained
 from hfcompress.pictures import Pictures
-from hfcompress.results import Sample, Score, wilson
+from hfcompress.results import Paired, Sample, Score, wilson
 from hfcompress.schema import Evaluation
 
 Progress = Callable[[int, int], None]
@@ -74,6 +75,32 @@ def corpus_scores(hypotheses: Sequence[str], references: Sequence[str], resample
             )
         scores[name] = Score(float(value), len(hypotheses), str(metric.get_signature()), interval)
     return scores
+
+
+def paired_bleu(
+    hypotheses: Sequence[str], others: Mapping[str, Sequence[str]], references: Sequence[str], resamples: int
+) -> tuple[Paired, ...]:
+    """`hypotheses` against each of the `others` (row of results → its lines): BLEU by paired bootstrap resampling.
+
+    All lines answer the same `references`. Raises DataError: no lines, or other numbers of them.
+    """
+    for lines in (hypotheses, *others.values()):
+        if len(lines) != len(references) or not lines:
+            raise DataError(f"{len(lines)} hypotheses for {len(references)} references: there must be one for each")
+    if not others or not resamples:
+        return ()
+    systems = [("compressed", list(hypotheses)), *((name, list(lines)) for name, lines in others.items())]
+    test = PairedTest(systems, {"BLEU": BLEU()}, [list(references)], test_type="bs", n_samples=resamples)
+    signatures, table = test()
+    own, *found = table["BLEU"]
+    how = str(signatures["BLEU"])
+    tests = []
+    for (name, lines), other in zip(systems[1:], found):
+        # of equal lines sacrebleu says the smallest p-value there is: no resample's difference exceeds zero
+        p_value = 1.0 if lines == list(hypotheses) else float(other.p_value)
+        difference = float(own.score - other.score)
+        tests.append(Paired(name, "bleu", difference, p_value, len(references), resamples, how))  # type: ignore[arg-type]
+    return tuple(tests)
 
 
 def score_images(

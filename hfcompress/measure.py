@@ -3,15 +3,15 @@
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hfcompress.errors import HFCompressError
-from hfcompress.evaluate import int8_gzip_bytes, weight_bytes
+from hfcompress.evaluate import int8_gzip_bytes, paired_bleu, weight_bytes
 from hfcompress.loading import load
 from hfcompress.networks import parameters
-from hfcompress.results import Row, Score
+from hfcompress.results import Paired, Row, Score
 
 
 def score_afresh(
@@ -44,3 +44,15 @@ def row_of(name: str, folder: Path, scores: dict[str, Any], before: Sequence[Row
 def scores_of(found: dict[str, Any]) -> dict[str, Score]:
     """Metric → score, from what `hfcompress evaluate --json` writes."""
     return {metric: Score(**{**score, "interval": tuple(score["interval"])}) for metric, score in found.items()}
+
+
+def paired_tests(found: Mapping[str, Any], resamples: int) -> tuple[Paired, ...]:
+    """The compressed student against each other stage, by all of their translations; none of image classifiers.
+
+    found: stage → what `score_afresh` says of its folder; resamples: 0 for no test.
+    """
+    if "bleu" not in found["compressed"]["scores"]:
+        return ()
+    outputs = {name: [sample["output"] for sample in of["samples"]] for name, of in found.items()}
+    references = [sample["reference"] for sample in found["compressed"]["samples"]]
+    return paired_bleu(outputs.pop("compressed"), outputs, references, resamples)

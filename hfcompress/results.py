@@ -91,10 +91,28 @@ class Row:
 
 
 @checked(frozen=True, config=_CHECKED)
+class Paired:
+    """Whether the compressed student's score differs from that of row `against`: paired bootstrap resampling.
+
+    `difference`: the compressed student's minus the other's, in points; `p_value`: of no difference; `n`: rows scored;
+    `resamples`: of those rows; `signature` says how.
+    """
+
+    against: Literal["teacher", "student", "post_training"]
+    metric: str
+    difference: FiniteFloat
+    p_value: FiniteFloat
+    n: NonNegativeInt
+    resamples: NonNegativeInt
+    signature: str
+
+
+@checked(frozen=True, config=_CHECKED)
 class Results:
     """All that a run measured; results.json is exactly this, with each row's ratio to the teacher beside it.
 
-    `versions`: package → version; `hardware`: as `report.hardware()` gives it; `seconds`: stage → wall time.
+    `versions`: package → version; `hardware`: as `report.hardware()` gives it; `seconds`: stage → wall time; `paired`:
+    of translation, the compressed student against each other row; results.json has the key where there are any.
     """
 
     rows: tuple[Row, ...]
@@ -102,6 +120,7 @@ class Results:
     versions: dict[str, str]
     hardware: dict[str, Any]
     seconds: dict[str, FiniteFloat]
+    paired: tuple[Paired, ...] = ()
 
     def row(self, name: str) -> Row | None:
         """The row of that name, or None where the run has none."""
@@ -131,6 +150,8 @@ class Results:
         document = asdict(self)
         for record, row in zip(document["rows"], self.rows):
             record["ratio_to_teacher"] = self.ratio_to_teacher(row)
+        if not self.paired:
+            del document["paired"]
         return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     @classmethod

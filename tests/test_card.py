@@ -30,7 +30,7 @@ from hfcompress.methods import Uniform
 from hfcompress.networks import classifier, parameters, translator
 from hfcompress.recipe import load
 from hfcompress.reparameterization import Kind
-from hfcompress.results import DataFacts, Part, Results, Row, Sample, Score, by_kind
+from hfcompress.results import DataFacts, Paired, Part, Results, Row, Sample, Score, by_kind
 from hfcompress.schema import Network, Recipe, Rule, TranslationData, Vocabulary
 from hfcompress.tokenizer import train_tokenizer
 
@@ -105,6 +105,11 @@ TRANSLATED = Results(
     ),
     seed=7,
     seconds={"teacher": 3801.2, "student": 901.0, "post_training": 12.34, "compressed": 950.0},
+    paired=(
+        Paired("teacher", "bleu", -0.9, 0.012987, 1000, 1000, SIGNATURE),
+        Paired("student", "bleu", 0.0, 1.0, 1000, 1000, SIGNATURE),
+        Paired("post_training", "bleu", 3.7, 0.000999, 1000, 1000, SIGNATURE),
+    ),
     **SURROUNDINGS,
 )
 CLASSIFIED = Results(  # a miss: larger than its teacher, and worse than compressing after training

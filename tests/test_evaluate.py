@@ -11,12 +11,21 @@ import torch
 from conftest import compress, make_model
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as Pillow
+from sacrebleu.significance import PairedTest
 from torch import nn
 
 from hfcompress import corpora, load
 from hfcompress.checkpoint import FILE_NAME, save
 from hfcompress.errors import DataError, FormatError
-from hfcompress.evaluate import corpus_scores, int8_gzip_bytes, score_images, score_translation, weight_bytes
+from hfcompress.evaluate import (
+    corpus_scores,
+    int8_gzip_bytes,
+    paired_bleu,
+    score_images,
+    score_translation,
+    weight_bytes,
+)
+from hfcompress.measure import paired_tests
 from hfcompress.networks import classifier as build
 from hfcompress.networks import translator as build_translator
 from hfcompress.results import wilson
@@ -55,6 +64,35 @@ def test_intervals_are_those_of_the_bootstrap(answers):
     assert {m: (s.value, s.signature) for m, s in scores.items()} == {
         m: (s.value, s.signature) for m, s in plain.items()
     }
+
+
+def test_paired_bootstrap_is_sacrebleus(answers):
+    worse, references = answers
+    one_word = [worse[0] + " x", *worse[1:]]
+    others = {"teacher": references, "student": one_word, "post_training": worse}
+    found = paired_bleu(worse, others, references, resamples=200)
+    assert found == paired_bleu(worse, others, references, resamples=200)  # sacrebleu's seed is fixed
+    assert [test.against for test in found] == list(others)
+    theirs = PairedTest([("a", worse), ("b", references)], {"m": sacrebleu.BLEU()}, [references], "bs", 200)()
+    assert found[0].p_value == theirs[1]["BLEU"][1].p_value < 0.05 and found[0].signature == str(theirs[0]["BLEU"])
+    assert found[0].difference == pytest.approx(sacrebleu.corpus_bleu(worse, [references]).score - 100)
+    assert "bs:200|seed:12345" in found[0].signature and (found[0].n, found[0].resamples) == (len(references), 200)
+    assert found[1].p_value > 0.05 and found[2].p_value == 1 and found[2].difference == 0
+    assert paired_bleu(worse, others, references, 0) == paired_bleu(worse, {}, references, 200) == ()
+    with pytest.raises(DataError, match="59 hypotheses for 60 references"):
+        paired_bleu(worse, {"student": worse[1:]}, references, 10)
+
+
+def test_paired_tests_read_what_a_fresh_process_wrote(answers):
+    worse, references = answers
+
+    def scored(lines, metric="bleu"):
+        samples = [{"output": line, "reference": reference} for line, reference in zip(lines, references)]
+        return {"scores": {metric: {}}, "samples": samples}
+
+    found = paired_tests({"teacher": scored(references), "student": scored(worse), "compressed": scored(worse)}, 50)
+    assert [(test.against, test.p_value < 0.05) for test in found] == [("teacher", True), ("student", False)]
+    assert paired_tests({"student": scored(worse, "accuracy"), "compressed": scored(worse, "accuracy")}, 50) == ()
 
 
 @pytest.mark.parametrize(("hypotheses", "references"), [(3, 2), (2, 3), (0, 0), (0, 1)])

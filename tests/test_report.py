@@ -6,6 +6,7 @@ import math
 import platform
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -24,7 +25,7 @@ from hfcompress.compressor import Compressor
 from hfcompress.errors import DataError
 from hfcompress.methods import Dense, Uniform
 from hfcompress.reparameterization import Kind
-from hfcompress.results import METRICS, TITLES, Part, Results, Row, Score, by_kind, readable_bytes, wilson
+from hfcompress.results import METRICS, TITLES, Paired, Part, Results, Row, Score, by_kind, readable_bytes, wilson
 from hfcompress.schema import Rule
 
 numbers = st.floats(-1e6, 1e6)
@@ -39,7 +40,10 @@ def results(draw: st.DrawFn) -> Results:
     rows = [Row(n, draw(counts), draw(counts), draw(numbers), draw(counts), draw(measured)) for n in names]
     words = st.dictionaries(st.text(), st.text(), max_size=3)
     seconds = st.dictionaries(st.text(), numbers, max_size=3)
-    return Results(tuple(rows), draw(counts), draw(words), draw(words), draw(seconds))
+    others = st.sampled_from(["teacher", "student", "post_training"])
+    tests = st.builds(Paired, others, st.sampled_from(list(METRICS)), numbers, numbers, counts, counts, st.text())
+    paired = tuple(draw(st.lists(tests, max_size=3)))
+    return Results(tuple(rows), draw(counts), draw(words), draw(words), draw(seconds), paired)
 
 
 SCORES = {
@@ -77,6 +81,8 @@ def test_results_have_the_promised_schema() -> None:
         promised = ["name", "parameters", "bytes", "bits_per_weight", "int8_gzip_bytes", "scores"]
         assert list(row) == [*promised, "ratio_to_teacher"]
         assert list(row["scores"]["bleu"]) == ["value", "n", "signature", "interval"]
+    paired = Paired("student", "bleu", -0.1, 0.4, 1000, 500, "bs:500")
+    assert json.loads(replace(RUN, paired=(paired,)).to_json()) == {**document, "paired": [asdict(paired)]}
     assert [row["ratio_to_teacher"] for row in document["rows"]][::3] == [1.0, 380_000_000 / 26_153_000]
 
 

@@ -76,7 +76,9 @@ def test_the_folder_holds_what_was_promised(run, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_results_keep_their_schema(run, name):
     found = results(run / name)
-    assert list(found) == ["rows", "seed", "versions", "hardware", "seconds"]
+    paired = ["paired"] if name == "spelled-out" else []
+    assert list(found) == ["rows", "seed", "versions", "hardware", "seconds", *paired]
+    assert [test["against"] for test in found.get("paired", [])] == [s for s in STAGES if s != "compressed" and paired]
     assert [row["name"] for row in found["rows"]] == list(STAGES)
     for row in found["rows"]:
         assert list(row) == [

@@ -1,7 +1,11 @@
 """A teacher's translations: the same rows whoever writes them, resumed, filtered, scored; and by CTranslate2."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -178,6 +182,32 @@ def test_the_command(taught, tmp_path):
     )
     done = CliRunner().invoke(app, ["translate", "x", str(tmp_path), "--output", "y", "--n-best", "9"])
     assert done.exit_code == 2 and "n_best 9 of 5 beams" in done.output
+
+
+def test_two_processes_of_torchrun_make_the_dataset_of_one(taught, tmp_path):
+    """Row for row, and file for file."""
+    model, tokenizer, pairs = taught
+    model.save_pretrained(tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    (tmp_path / "data").mkdir()
+    pairs.rename_columns({"source": "de", "target": "en"}).to_json(tmp_path / "data" / "train.jsonl", force_ascii=False)
+    given = ["translate", str(tmp_path / "teacher"), str(tmp_path / "data"), "--source", "de", "--target", "en"]
+    given += ["--beams", "2", "--n-best", "2", "--max-new-tokens", "8", "--least-score", "-99", "--shard-rows", "8"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    path = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [*torchrun, "-m", "hfcompress", *given, "--output", str(tmp_path / "two")],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    assert done.stdout.count("pairs in") == 1  # one of them speaks
+    assert CliRunner().invoke(app, [*given, "--output", str(tmp_path / "one")]).exit_code == 0
+    one, two = (read_split(tmp_path / name, "train") for name in ("one", "two"))
+    assert len(one) >= 20 and list(one["row"]) == sorted(one["row"]) and one[:] == two[:]
+    assert files(tmp_path / "one") == files(tmp_path / "two")
 
 
 def test_schema_says_what_belongs_together():
