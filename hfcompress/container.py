@@ -21,8 +21,9 @@ from hfcompress.coding import Symbols
 from hfcompress.coding.decoder import Tables
 from hfcompress.coding.plan import plan
 from hfcompress.errors import ConfigError, FormatError
-from hfcompress.index import MAX_NAME, SIZES, Cursor, Index, RawRecord, SlotRecord, put, squeeze, unsqueeze
+from hfcompress.index import MAX_NAME, SIZES, Cursor, Index, RawRecord, SlotRecord, put
 from hfcompress.methods import BY_NAME
+from hfcompress.packing import squeeze, unsqueeze
 from hfcompress.parts import Parts, Value, check_parts, forms_of, planes_of
 from hfcompress.reparameterization import Description, Kind, Reparameterization, Slot
 from hfcompress.sealed import seal, unseal
@@ -215,8 +216,8 @@ def _slot(record: SlotRecord) -> Slot:
 
 
 def _check_name(name: str) -> None:
-    if "\0" in name or len(name.encode()) > MAX_NAME:
-        raise FormatError(f"{name[:80]!r}…: a tensor's name has at most {MAX_NAME} bytes, none of them zero")
+    if set(name) & set("\0\1\2") or len(name.encode()) > MAX_NAME:
+        raise FormatError(f"{name[:80]!r}…: a tensor's name has at most {MAX_NAME} bytes, none of them 0, 1 or 2")
 
 
 def _method(entry: Mapping[str, Any]) -> Reparameterization:

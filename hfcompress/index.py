@@ -1,7 +1,7 @@
 """The index of a compressed file: what its arrays are. Records ⇄ bytes, with one way only to write each index.
 
     text     JSON: [tool, methods, layouts, kinds]      the few long things, each once
-    names    of slots, then of raw tensors
+    names    of slots, then of raw tensors; a number in one that is, or follows, the number before it is one byte
     numbers  everything else, column by column, as LEB128 varints; expected values are zeros, which compress to nothing
 
 A part is an array of a description or a raw tensor's values. Parts are numbered in the order in which slots, then raw
@@ -9,9 +9,8 @@ tensors first mention them.
 """
 
 import json
-import lzma
-import zlib
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -22,25 +21,9 @@ from hfcompress.errors import FormatError
 
 TYPES = ("symbols", "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 SIZES = dict(zip(TYPES, (0, 8, 4, 2, 2, 8, 4, 2, 1, 1, 1)))
-MAX_BYTES, MAX_TENSORS, MAX_NAME, MAX_AXES = 1 << 26, 1 << 16, 1024, 8
-_LZMA = [{"id": lzma.FILTER_LZMA1, "dict_size": 1 << 20, "lc": 3, "lp": 0, "pb": 0}]
-COMMON = (
-    b'"left","uint8"],["left_amplitude","float16"],["right","uint8"],["right_amplitude","float16"],["scale","float32"'
-    b'{"multihash":{"fraction":0.1,"bytes":null,"bits":8,"seed":0}}[["alive","symbols"],["survivors","float16"]]'
-    b'{"softthreshold":{"survivors":"float16"}}{"levels":{"points":16,"bucket":256,"start":"quantile","scales":"float16"}}'
-    b'["codes","symbols"],["points","float16"],["low","float16"],["span","float16"]["zero","uint8"]"factorized""dft"'
-    b'["zero","uint8"],["step","float32"]"bucket":null,"stochastic":true,"scales":"float32","zero_point":true}}'
-    b"model.shared.weight\0model.decoder.layers.0.encoder_attn.q_proj.bias\0.fc1.weight\0.self_attn.k_proj.bias\0"
-    b".final_layer_norm.weight\0.out_proj.bias\0.downsample.0.weight\0features.classifier.1.bias\0"
-    b"layer1.0.conv1.weight\0.bn1.running_mean\0.bn1.running_var\0.bn1.num_batches_tracked\0conv2.bias\0"
-    b'["hfcompress 0.1.0",[{"entropypenalized":{"transform":"none","prior":"factorized","step":0.0625}},'
-    b'{"uniform":{"bits":4,"bucket":256,"stochastic":false,"scales":"float16","zero_point":false}},'
-    b'{"dense":{"dtype":"float16"}}],[[["codes","symbols"],["step","int16"]],'
-    b'[["codes","symbols"],["low","float16"],["step","float16"]],[["weight","float16"]]],'
-    b'["linear","norm","embedding","other","bias","buffer","conv","linear"]]'
-    b"conv1.weight\0conv1.bias\0conv2.weight\0conv2.bias\0fc1.weight\0fc1.bias\0fc2.weight\0fc2.bias\0fc3.weight\0fc3.bias\0"
-)
-"""What deflate may refer back to. Part of the format."""
+MAX_TENSORS, MAX_NAME, MAX_AXES = 1 << 16, 1024, 8
+_SAME, _NEXT = "\1", "\2"
+_NUMBER, _FOLDED = re.compile("([0-9]+)"), re.compile(f"([0-9]+|[{_SAME}{_NEXT}])")
 
 
 @dataclass(frozen=True)
@@ -96,7 +79,7 @@ class Index:
         for record in records:
             kinds.setdefault(record.kind, len(kinds))
         text = json.dumps([self.tool, self.methods, list(layouts), list(kinds)], separators=(",", ":")).encode()
-        names = "".join(f"{record.name}\0" for record in records).encode()
+        names = "".join(f"{name}\0" for name in fold(record.name for record in records)).encode()
         out = bytearray()
         for number in (len(text), len(self.slots), len(self.raw), self.states.bit_length() - 1):
             put(out, number)
@@ -129,11 +112,12 @@ class Index:
         yield from (TYPES.index(s.dtype) for s in self.slots)
         yield from (s.method for s in self.slots)
         yield from (layouts[self._layout(s)] for s in self.slots)
-        expected = (0, 0)
+        expected = _expected_places([(s.method, prod(s.shape)) for s in self.slots])
         for slot in self.slots:
-            yield zigzag(slot.offset - expected[0])
-            yield zigzag(slot.total - expected[1])
-            expected = slot.offset + prod(slot.shape), slot.total
+            offset, total = expected[slot.method]
+            yield zigzag(slot.offset - offset)
+            yield zigzag(slot.total - total)
+            expected[slot.method] = slot.offset + prod(slot.shape), slot.total
         yield from (TYPES.index(self.parts[r.part].type) for r in self.raw)
         seen = 0
         for record in records:
@@ -141,7 +125,8 @@ class Index:
                 yield seen - part  # 0: a new one
                 if part == seen:
                     seen += 1
-                    yield zigzag(self.parts[part].count - prod(record.shape))
+                    count = self.parts[part].count
+                    yield 0 if count == prod(record.shape) else count + 1
         forms = [f for p in self.parts for f in p.forms]
         yield from (f.table + 2 for f in forms)
         yield from (p.forms[0].shift for p in self.parts if p.type == "symbols")
@@ -156,7 +141,7 @@ def _read(cursor: "Cursor") -> Index:
     if slots + raws > MAX_TENSORS:
         raise ValueError(f"{slots + raws} tensors; at most {MAX_TENSORS} are allowed")
     tool, methods, layouts, kinds = json.loads(bytes(cursor.take(length)))
-    names = [cursor.name() for _ in range(slots + raws)]
+    names = unfold(cursor.name() for _ in range(slots + raws))
     if len(set(names)) < len(names):
         raise ValueError("a tensor is named twice")
 
@@ -169,13 +154,14 @@ def _read(cursor: "Cursor") -> Index:
     shapes = [tuple(column(n)) for n in axes]
     kind = [kinds[k] for k in column(slots + raws)]
     dtypes, method, layout = column(slots), column(slots), [layouts[n] for n in column(slots)]
-    places, expected = [], (0, 0)
-    for shape in shapes[:slots]:
-        place = expected[0] + unzigzag(cursor.number()), expected[1] + unzigzag(cursor.number())
+    places, expected = [], _expected_places([(m, prod(s)) for m, s in zip(method, shapes)])
+    for number, shape in zip(method, shapes):
+        offset, total = expected[number]
+        place = offset + unzigzag(cursor.number()), total + unzigzag(cursor.number())
         if min(place) < 0:
             raise ValueError("a slot begins before its group")
         places.append(place)
-        expected = place[0] + prod(shape), place[1]
+        expected[number] = place[0] + prod(shape), place[1]
     types = [[TYPES.index(t) for _, t in entries] for entries in layout] + [[t] for t in column(raws)]
     parts: list[tuple[str, int]] = []
     mentions = [[_mention(cursor, parts, TYPES[t], prod(s)) for t in ts] for s, ts in zip(shapes, types)]
@@ -192,14 +178,20 @@ def _read(cursor: "Cursor") -> Index:
     return Index(tool, tuple(methods), found, records, raw, 1 << min(log_states, 31))
 
 
+def _expected_places(slots: Sequence[tuple[int, int]]) -> dict[int, tuple[int, int]]:
+    """Of each method, where its first slot lies if its slots (method, weights) are one group: at 0 of all of them."""
+    totals: dict[int, int] = {}
+    for method, weights in slots:
+        totals[method] = totals.get(method, 0) + weights
+    return {method: (0, total) for method, total in totals.items()}
+
+
 def _mention(cursor: "Cursor", parts: list[tuple[str, int]], kind: str, numel: int) -> int:
     """The number of the part mentioned next, which is new or of the same type."""
     part = len(parts) - cursor.number()
     if part == len(parts):
-        count = numel + unzigzag(cursor.number())
-        if count < 0:
-            raise ValueError("a part of less than nothing")
-        parts.append((kind, count))
+        count = cursor.number()
+        parts.append((kind, count - 1 if count else numel))
     if part < 0 or parts[part][0] != kind:
         raise ValueError("a part that does not exist, or is of another type")
     return part
@@ -214,6 +206,39 @@ def _forms(cursor: "Cursor", types: Sequence[str]) -> list[tuple[Form, ...]]:
         pairs = [(unzigzag(cursor.number()), cursor.number()) if t == CONTEXTS else (0, 0) for t in of_part]
         forms.append(tuple(Form(t, shift, center, prior) for t, (center, prior) in zip(of_part, pairs)))
     return forms
+
+
+def fold(names: Iterable[str]) -> Iterator[str]:
+    """Names whose k-th number is the k-th number of the name before, or one more, have a control byte in its place."""
+    before: list[str] = []
+    for name in names:
+        pieces = _NUMBER.split(name)
+        numbers = pieces[1::2]
+        for k, (number, last) in enumerate(zip(numbers, before)):
+            if number == last:
+                pieces[2 * k + 1] = _SAME
+            elif number == str(int(last) + 1):
+                pieces[2 * k + 1] = _NEXT
+        yield "".join(pieces)
+        before = numbers
+
+
+def unfold(names: Iterable[str]) -> list[str]:
+    """The inverse. Raises IndexError, ValueError: a name refers to a number that is not there, or is too long."""
+    found: list[str] = []
+    before: list[str] = []
+    for name in names:
+        pieces = _FOLDED.split(name)
+        for k in range(1, len(pieces), 2):
+            if pieces[k] == _SAME:
+                pieces[k] = before[k // 2]
+            elif pieces[k] == _NEXT:
+                pieces[k] = str(int(before[k // 2]) + 1)
+        found.append("".join(pieces))
+        if len(found[-1].encode()) > MAX_NAME:
+            raise ValueError(f"a name of more than {MAX_NAME} bytes")
+        before = pieces[1::2]
+    return found
 
 
 class Cursor:
@@ -257,32 +282,3 @@ def put(out: bytearray, value: int) -> None:
         out.append(value & 0x7F | 0x80)
         value >>= 7
     out.append(value)
-
-
-def squeeze(data: bytes) -> bytes:
-    """The shortest of: as it is (0), raw deflate with `COMMON` before it (1), raw LZMA (2); that number first."""
-    deflate = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_DEFAULT_STRATEGY, COMMON)
-    packed = deflate.compress(data) + deflate.flush()
-    others = lzma.compress(data, lzma.FORMAT_RAW, filters=_LZMA)
-    return min((b"\0" + data, b"\1" + packed, b"\2" + others), key=len)
-
-
-def unsqueeze(data: bytes) -> bytes:
-    """The inverse. Raises FormatError: malformed, more than MAX_BYTES."""
-    way, body = data[:1], data[1:]
-    inflater: Any
-    if way == b"\0":
-        return body
-    if way == b"\1":
-        inflater = zlib.decompressobj(-15, COMMON)
-    elif way == b"\2":
-        inflater = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_LZMA)
-    else:
-        raise FormatError("the file's index is packed in a way that this version does not know: upgrade hfcompress")
-    try:
-        found: bytes = inflater.decompress(body, MAX_BYTES)
-    except (zlib.error, lzma.LZMAError, EOFError) as error:
-        raise FormatError(f"the file's index cannot be unpacked ({error})") from error
-    if not inflater.eof or inflater.unused_data:
-        raise FormatError(f"the file's index is truncated, or larger than {MAX_BYTES} bytes")
-    return found

@@ -7,6 +7,7 @@ uniform and dense and all raw tensors.
 import hashlib
 import json
 import lzma
+import re
 import zlib
 from math import prod
 from typing import Any
@@ -76,11 +77,7 @@ def read_index(packed: bytes, dictionary: bytes) -> dict[str, Any]:
     source = Numbers(data)
     length, n_slots, n_raw, log_states = source.column(4)
     tool, methods, layouts, _ = json.loads(source.take(length))
-    names = []
-    for _ in range(n_slots + n_raw):
-        end = source.data.index(b"\0", source.at)
-        names.append(source.take(end - source.at).decode())
-        source.at += 1
+    names = read_names(source, n_slots + n_raw)
     shapes = [source.column(axes) for axes in source.column(n_slots + n_raw)]
     source.column(n_slots + n_raw)  # kinds
     dtypes, of_method, of_layout = source.column(n_slots), source.column(n_slots), source.column(n_slots)
@@ -94,7 +91,7 @@ def read_index(packed: bytes, dictionary: bytes) -> dict[str, Any]:
             back = source.number()
             mentions[-1].append(len(parts) - back)
             if back == 0:
-                parts.append({"type": kind, "count": prod(shape) + source.signed(), "shape": shape})
+                parts.append({"type": kind, "count": read_count(source, prod(shape)), "shape": shape})
     for part in parts:
         part["tables"] = [n - 2 for n in source.column(SIZES[TYPES.index(part["type"])] or 1)]
     for part in parts:
@@ -114,6 +111,29 @@ def read_index(packed: bytes, dictionary: bytes) -> dict[str, Any]:
     ]
     raw = [(names[i], shapes[i], mentions[i][0]) for i in range(n_slots, n_slots + n_raw)]
     return {"tool": tool, "states": 1 << log_states, "parts": parts, "slots": slots, "raw": raw}
+
+
+def read_count(source: Numbers, weights: int) -> int:
+    number = source.number()
+    return number - 1 if number else weights
+
+
+def read_names(source: Numbers, count: int) -> list[str]:
+    """Byte 1 stands for the number that the name before has at this place, byte 2 for the next one."""
+    names, before = [], []
+    for _ in range(count):
+        end = source.data.index(b"\0", source.at)
+        name, numbers = "", []
+        for piece in re.findall("[0-9]+|\1|\2|[^0-9\1\2]+", source.take(end - source.at).decode()):
+            if piece in ("\1", "\2"):
+                piece = str(int(before[len(numbers)]) + 1) if piece == "\2" else before[len(numbers)]
+            if piece.isdecimal():
+                numbers.append(piece)
+            name += piece
+        source.at += 1
+        names.append(name)
+        before = numbers
+    return names
 
 
 def read_table(bits: Bits) -> tuple[int, list[int]]:
@@ -286,9 +306,13 @@ def tensors(data: bytes, dictionary: bytes) -> dict[str, np.ndarray]:
         given = dict(zip(names, (values[n] for n in numbers)))
         if "dense" in method:
             found[name] = given["weight"].astype(np.float32).reshape(shape)
-        elif "uniform" in method and "low" in given:
+        elif "uniform" in method:
             bucket = method["uniform"]["bucket"] or max(prod(shape), 1)
             which = np.arange(prod(shape)) // bucket
-            step, low = (given[n].astype(np.float32)[which] for n in ("step", "low"))
-            found[name] = (given["codes"].astype(np.float32) * step + low).reshape(shape)
+            codes, step = given["codes"].astype(np.float32), given["step"].astype(np.float32)[which]
+            if "zero" in given:
+                weight = (codes - given["zero"].astype(np.float32)[which]) * step
+            else:
+                weight = codes * step + given["low"].astype(np.float32)[which]
+            found[name] = weight.reshape(shape)
     return found

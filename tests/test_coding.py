@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hfcompress.coding import Symbols
+from hfcompress.coding import Symbols, rans
 from hfcompress.coding.bits import BitReader, BitWriter, unzigzag, zigzag
 from hfcompress.coding.classes import fit_classes, read_classes
 from hfcompress.coding.contexts import SCALES, SIZES, Grid, prior_of, walk
@@ -248,6 +248,37 @@ def test_a_walk_meets_every_symbol_once(shapes: list[tuple[int, ...]]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- refusals
+
+
+@given(
+    st.lists(st.sampled_from(((16, 17), (33, 9), (19, 4, 3, 3), (20, 3, 5), (8, 60, 1, 1))), min_size=1, max_size=4),
+    st.sampled_from((0.3, 1.0, 8.0, 90.0)),
+    st.integers(0, 99),
+)
+@settings(max_examples=30)
+def test_compiled_and_plain_contexts_are_the_same(shapes: list[tuple[int, ...]], step: float, seed: int) -> None:
+    """The same classes, bytes, symbols and costs; needs numba to say anything."""
+    pytest.importorskip("numba")
+    given = [like_filters(shape, step, seed + number) for number, shape in enumerate(shapes)]
+    compiled, results = rans.fast, []
+    assert compiled is not None
+    for fast in (compiled, None):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(rans, "fast", fast)
+            patch.setattr("hfcompress.coding.plan._WORTH", 2.0)  # contexts even where they do not pay
+            chosen = plan(given, [])
+            stream = chosen.stream(b"")
+            found = opened(chosen, given, [], stream, measure=True)
+            read = [found.read(number) for number in range(len(given))]
+            found.finish()
+            assert all(np.array_equal(values, s.values) for (values, _), s in zip(read, given))
+            with pytest.raises(FormatError, match=r"truncated|does not end"):
+                broken = opened(chosen, given, [], stream[:-1])
+                for number in range(len(given)):
+                    broken.read(number)
+                broken.finish()
+            results.append((chosen.forms, chosen.tables, stream.tobytes(), [bits for _, bits in read]))
+    assert results[0] == results[1]
 
 
 def written(values: list[int], first: int = 0) -> bytes:

@@ -1,5 +1,9 @@
-"""Damaged, foreign and hostile files: no wrong weight is accepted, no error is another than ours, nothing hangs."""
+"""Damaged, foreign and hostile files: no wrong weight is accepted, no error is another than ours, nothing hangs.
 
+HFCOMPRESS_FAULTS=10 makes ten times as many random faults (for a nightly run).
+"""
+
+import contextlib
 import io
 import itertools
 import json
@@ -9,7 +13,7 @@ import random
 import signal
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import cache
 from math import prod
@@ -29,12 +33,19 @@ from hfcompress.coding.tables import TOTAL, Table, write
 from hfcompress.compressor import Compressor
 from hfcompress.container import Reader
 from hfcompress.errors import FormatError, IntegrityError
-from hfcompress.index import Cursor, Index, Part, SlotRecord, put, squeeze, unsqueeze
+from hfcompress.index import Cursor, Index, Part, SlotRecord, put
 from hfcompress.methods import Dense, Uniform
+from hfcompress.packing import squeeze, unsqueeze
 from hfcompress.schema import Rule
 from hfcompress.sealed import MAX_HEADER, seal, unseal
 
 Edit = Callable[[Index], Index]
+TIMES = int(os.environ.get("HFCOMPRESS_FAULTS", "1"))
+"""How many times the usual number of random faults there are."""
+
+
+GOLDEN = {p.name.split(".")[0]: p.read_bytes() for p in (Path(__file__).parent / "golden").glob("*.safetensors")}
+"""Small files of every method."""
 
 
 @cache
@@ -78,8 +89,8 @@ def test_the_files_themselves_are_good() -> None:
 
 
 def test_truncation_at_every_length() -> None:
-    data = small()
-    assert [n for n in range(len(data)) if accepted(data[:n])] == []
+    for data in (small(), *GOLDEN.values()):
+        assert [n for n in range(len(data)) if accepted(data[:n])] == []
 
 
 def test_every_single_bit_of_a_small_file() -> None:
@@ -89,9 +100,19 @@ def test_every_single_bit_of_a_small_file() -> None:
 
 def test_random_bits_of_a_large_file() -> None:
     data, generator = large(), random.Random(0)
-    assert [
-        bit for bit in (generator.randrange(8 * len(data)) for _ in range(2000)) if accepted(flipped(data, bit))
-    ] == []
+    bits = (generator.randrange(8 * len(data)) for _ in range(2000 * TIMES))
+    assert [bit for bit in bits if accepted(flipped(data, bit))] == []
+
+
+def test_several_bits_at_once() -> None:
+    """With those of the other tests more than 20,000 flips."""
+    generator = random.Random(6)
+    for data in GOLDEN.values():
+        for _ in range(1500 * TIMES):
+            changed = bytearray(data)
+            for bit in generator.sample(range(8 * len(data)), generator.choice((1, 1, 2, 3, 8))):
+                changed[bit // 8] ^= 1 << bit % 8
+            assert not accepted(bytes(changed))
 
 
 def test_a_flipped_weight_is_told_from_a_foreign_file() -> None:
@@ -101,7 +122,7 @@ def test_a_flipped_weight_is_told_from_a_foreign_file() -> None:
 
 def test_other_accidents() -> None:
     data, generator = small(), random.Random(1)
-    for _ in range(500):
+    for _ in range(500 * TIMES):
         start, end = sorted(generator.sample(range(len(data)), 2))
         for changed in (
             data[:start] + data[end:],  # a run lost
@@ -310,7 +331,7 @@ def test_headers_of_another_form() -> None:
 def test_random_bytes_of_the_index() -> None:
     """Whatever an index says, it is read or refused with our own error."""
     generator, (index, *others) = random.Random(2), opened(small())
-    for _ in range(1500):
+    for _ in range(1500 * TIMES):
         changed = bytearray(index)
         for _ in range(generator.choice((1, 1, 2, 5))):
             at = generator.randrange(len(changed))
@@ -324,17 +345,32 @@ def test_random_bytes_of_the_index() -> None:
 def test_damaged_streams_with_good_digests() -> None:
     """Symbols stay inside their alphabet and shapes inside the index, whatever the coder is fed."""
     generator, shapes = random.Random(3), Reader(small()).shapes()
-    sections = opened(small())
-    for _ in range(1500):
-        changed, which = list(sections), generator.choice((1, 2, 3))
-        if changed[which]:
-            changed[which] = flipped(changed[which], generator.randrange(8 * len(changed[which])))
+    for changed in damaged(small(), 1500 * TIMES, generator):
         try:
-            for tensor_name, tensor in Reader(closed(*changed)).tensors():
+            for tensor_name, tensor in Reader(changed).tensors():
                 assert tensor.shape == shapes[tensor_name]
                 assert tensor_name not in ("a.weight", "c.weight") or tensor.isfinite().all()
         except FormatError:
             pass
+
+
+@pytest.mark.parametrize("name", ["zero_points", "levels", "penalized", "penalized_dft", "thresholds", "hashes"])
+def test_damaged_streams_of_every_method(name: str) -> None:
+    generator, shapes = random.Random(7), Reader(GOLDEN[name]).shapes()
+    for changed in damaged(GOLDEN[name], 40 * TIMES, generator):
+        with contextlib.suppress(FormatError):
+            assert {n: tuple(tensor.shape) for n, tensor in Reader(changed).tensors()} == shapes
+
+
+def damaged(data: bytes, count: int, generator: random.Random) -> Iterator[bytes]:
+    """Files whose digests are good and in which a bit of tables, plain bytes or stream is another."""
+    index, *sections = opened(data)
+    packed = squeeze(index)
+    for _ in range(count):
+        changed, which = list(sections), generator.randrange(3)
+        if changed[which]:
+            changed[which] = flipped(changed[which], generator.randrange(8 * len(changed[which])))
+        yield closed(index, *changed, packed=packed)
 
 
 def bomb(shape: tuple[int, ...], table: Table, stream: bytes) -> bytes:

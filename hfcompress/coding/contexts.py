@@ -21,11 +21,13 @@ from numpy.typing import NDArray
 
 ROWS = 8
 SCALES, SIZES = 64, 4
-_LIMIT = (1 << 16) - 1
-_LOG = np.array([((v + 1) ** 8).bit_length() - 1 for v in range(_LIMIT + 1)], dtype=np.int64)
+LIMIT = (1 << 16) - 1
+LOG = np.array([((v + 1) ** 8).bit_length() - 1 for v in range(LIMIT + 1)], dtype=np.int64)
 """⌊8 log2(v + 1)⌋"""
-_LEAN = np.concatenate([[-1 << 20], _LOG[1:]])
-_SIZE_STEPS = (-25, -13, -5)
+_LEAN = np.concatenate([[-128], LOG[1:]])
+SIZE_STEPS = (-25, -13, -5)
+_SIZE = np.array([sum(s - 512 * (s > 128) >= step for step in SIZE_STEPS) for s in range(512)], dtype=np.int64)
+"""How many of the steps are ≤ a number from −255 (at the end, as an index below 0 is) to 128."""
 _KERNEL = (12, 12, 6)
 """Sixteenths: exponents of row, channel and neighbours where there is a kernel."""
 _PLAIN = (8, 12, 0)
@@ -64,6 +66,12 @@ class Grid:
         return _KERNEL if self.places > 1 else _PLAIN
 
 
+def columns(grids: Sequence[Grid], group: NDArray[np.int64]) -> NDArray[np.int64]:
+    """What `fast.walk` has to know of each: rows, channels, places, line, mean, weights, the group. [grids, 9]"""
+    rows = [(g.rows, g.channels, g.places, g.line, g.mean, *g.weights, n) for g, n in zip(grids, group.tolist())]
+    return np.array(rows, dtype=np.int64).reshape(-1, 9)
+
+
 def prior_of(magnitudes: NDArray[np.int64]) -> int:
     """The code whose `Grid.mean` is next below the mean of `magnitudes`."""
     mean = max(256 * int(magnitudes.sum()) // max(magnitudes.size, 1), 1)
@@ -83,7 +91,7 @@ def walk(
     columns = np.array([g.columns for g in grids], dtype=np.int64)
     offsets = np.concatenate([[0], np.cumsum([g.size for g in grids])])
     w_row, w_channel, w_near = np.array([g.weights for g in grids], dtype=np.int64).T.reshape(3, -1)
-    w_mean = _LOG[column["mean"]] * (16 - w_row - w_channel - w_near)
+    w_mean = LOG[column["mean"]] * (16 - w_row - w_channel - w_near)
     lanes = np.array([-(-g.rows // ROWS) for g in grids], dtype=np.int64)
     part_of = np.repeat(np.arange(len(grids)), lanes)
     number = np.concatenate([np.arange(n) for n in lanes])
@@ -105,29 +113,31 @@ def walk(
         places, line, mean, wide = (v[parts] for v in (column["places"], column["line"], column["mean"], columns))
         weight_row, weight_near = w_row[parts][part], w_near[parts][part]
         prior_row, prior_near, line_back = 4 * mean[part], mean[part], line[part]
+        which, kernels = parts[part], bool((places > 1).any())
         for t in range(begin, end):
             c = t % wide
             channel, place = c // places, c % places
             seen = lanes[parts] * (t // wide * places + place)
             address = channel_base[parts] + channel
             of_channel = ((channel_sums[address] << 8) + 4 * mean) // (seen + 4)
-            base = w_channel[parts] * _LOG[np.minimum(of_channel, _LIMIT)] + w_mean[parts]
-            has_left, has_above = (place % line > 0), place >= line
-            left_here, above_here = has_left[part], has_above[part]
-            left = symbols[position + (pad - 1)] * left_here
-            above = symbols[position + pad - line_back] * above_here
-            between = symbols[position + (pad - 1) - line_back] * (left_here & above_here)
-            near = ((np.abs(left) + np.abs(above)) << 8) + prior_near * ((3 - has_left) - has_above)[part]
+            base = w_channel[parts] * LOG[np.minimum(of_channel, LIMIT)] + w_mean[parts]
             of_row = ((sums << 8) + prior_row) // (c + 4)[part]
-            scale = weight_row * _LOG[np.minimum(of_row, _LIMIT)] + weight_near * _LOG[np.minimum(near // 3, _LIMIT)]
-            scale = np.clip((scale + base[part]) >> 4, 0, 2 * SCALES - 1)
-            lean = 5 * left + 4 * above - between
-            size = _LEAN[np.minimum(20 * np.abs(lean), _LIMIT)] - scale
+            scale = weight_row * LOG[np.minimum(of_row, LIMIT)] + base[part]
+            if kernels:
+                has_left, has_above = (place % line > 0), place >= line
+                left_here, above_here = has_left[part], has_above[part]
+                left = symbols[position + (pad - 1)] * left_here
+                above = symbols[position + pad - line_back] * above_here
+                between = symbols[position + (pad - 1) - line_back] * (left_here & above_here)
+                near = ((np.abs(left) + np.abs(above)) << 8) + prior_near * ((3 - has_left) - has_above)[part]
+                scale += weight_near * LOG[np.minimum(near // 3, LIMIT)]
+            scale = np.minimum(np.maximum(scale >> 4, 0), 2 * SCALES - 1)
             kind = (scale >> 1) * SIZES
-            for step in _SIZE_STEPS:
-                kind += size >= step
-            kind = np.where(lean < 0, ~kind, kind)
-            found = visit(kind, parts[part], position)
+            if kernels:
+                lean = 5 * left + 4 * above - between
+                kind += _SIZE[_LEAN[np.minimum(20 * np.abs(lean), LIMIT)] - scale]
+                kind ^= lean >> 63  # the complement where it is negative
+            found = visit(kind, which, position)
             symbols[position + pad] = found
             magnitude = np.abs(found)
             sums += magnitude

@@ -12,7 +12,7 @@ from hfcompress.coding.bits import BitReader
 from hfcompress.coding.classes import Classes, read_classes
 from hfcompress.coding.contexts import Grid
 from hfcompress.coding.rans import Decoder
-from hfcompress.coding.symbols import CONTEXTS, MAX_SHIFT, PLAIN, Form
+from hfcompress.coding.symbols import CONTEXTS, MAX_SHIFT, PLAIN, Form, count
 from hfcompress.coding.tables import PRECISION, TOTAL, Table, read
 from hfcompress.errors import FormatError
 
@@ -128,7 +128,7 @@ class Arrays:
         table = self._tables.shared[number]
         if not self._measure or table.constant:
             return 0.0
-        return table.bits(np.bincount(values - table.first, minlength=len(table.frequencies)), table.first)
+        return table.bits(count(values, table.first, len(table.frequencies)), table.first)
 
     def _whole(self, high: NDArray[Any], place: Place) -> NDArray[np.int32]:
         """High and low bits together, around the center."""
@@ -148,6 +148,7 @@ class Arrays:
         grids = [self._places[i].grid for i in members]
         flat = [t for c in self._tables.classes if c is not None for t in c.flat]
         lookup = np.concatenate([t.lookup() for t in flat])
+        costs = PRECISION - np.log2(lookup >> np.uint32(PRECISION)) if self._measure else np.zeros(0)
         symbols = np.concatenate([t.symbols().astype(np.int32) + np.int32(t.first) for t in flat])
         group = np.array([int(g.places == 1) for g in grids])
         kinds = np.arange(contexts.SCALES * contexts.SIZES)
@@ -163,10 +164,14 @@ class Arrays:
             base = number[group[part], np.where(mirrored, ~kind, kind)]
             at = base + self._decoder.take(lookup, base, len(base))
             if self._measure:
-                np.add.at(bits, part, PRECISION - np.log2(lookup[at] >> np.uint32(PRECISION)))
+                np.add.at(bits, part, costs[at])
             return np.where(mirrored, -symbols[at], symbols[at])
 
-        highs = np.split(contexts.walk(grids, visit).astype(np.int32), np.cumsum([g.size for g in grids])[:-1])
+        columns = contexts.columns(grids, group)
+        whole = self._decoder.walk(columns, number, lookup, symbols, costs, bits)
+        if whole is None:
+            whole = contexts.walk(grids, visit).astype(np.int32)
+        highs = np.split(whole, np.cumsum([g.size for g in grids])[:-1])
         for i, high, spent in zip(members, highs, bits.tolist()):
             place = self._places[i]
             self._ready[i] = self._whole(high, place), spent + place.count * place.form.shift

@@ -7,6 +7,7 @@ through large arrays one by one. Constant arrays are not in the stream.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +17,8 @@ from hfcompress.coding.bits import BitWriter
 from hfcompress.coding.classes import Classes, fit_classes
 from hfcompress.coding.contexts import Grid, prior_of
 from hfcompress.coding.pool import Histogram, pool
-from hfcompress.coding.rans import Segment, encode, states_for
-from hfcompress.coding.symbols import CONTEXTS, MAX_SHIFT, PLAIN, Form, Symbols
+from hfcompress.coding.rans import Segment, classes_by_numba, encode, states_for
+from hfcompress.coding.symbols import CONTEXTS, MAX_SHIFT, PLAIN, Form, Symbols, count
 from hfcompress.coding.tables import MAX_ALPHABET, PRECISION, Fitted, Table, estimate, fit
 from hfcompress.errors import FormatError
 
@@ -50,9 +51,8 @@ def plan(arrays: Sequence[Symbols], planes: Sequence[NDArray[np.uint8]]) -> Plan
 
     Raises FormatError: values 2^24 or more apart.
     """
-    forms = [_static(a) for a in arrays]
+    forms, histograms = map(list, zip(*map(_static, arrays))) if arrays else ([], [])
     highs = [_high(a, f) for a, f in zip(arrays, forms)]
-    histograms = [Histogram.of(h) for h in highs]
     whole = [*histograms, *map(Histogram.of, planes)]
     plain = [float("inf")] * len(arrays) + [8.0 * p.size for p in planes]
 
@@ -81,25 +81,25 @@ def plan(arrays: Sequence[Symbols], planes: Sequence[NDArray[np.uint8]]) -> Plan
     return Plan(tuple(forms), planes_forms, written, states_for(bits, freight), tuple(segments))
 
 
-def _static(array: Symbols) -> Form:
-    """The shift for a table of its own."""
+def _static(array: Symbols) -> tuple[Form, Histogram]:
+    """The shift for a table of its own, and what that table has to code."""
     if array.values.size == 0:
-        return Form(PLAIN)
+        return Form(PLAIN), Histogram.of(array.values)
     low, high = int(array.values.min()), int(array.values.max())
     if high - low >= 1 << 24:
         raise FormatError(f"symbols from {low} to {high}: more than 2^24 different values cannot be coded")
     least = next(s for s in range(MAX_SHIFT + 2) if (high >> s) - (low >> s) < MAX_ALPHABET)
-    costs = {}
+    costs, histograms = {}, {}
     for shift in range(least, MAX_SHIFT + 1):
-        whole = Histogram.of(array.values >> shift)
+        whole = histograms[shift] = Histogram.of(array.values >> shift if shift else array.values)
         if len(whole.counts) < _SHORT and shift == least:
-            return Form(0, shift)
+            return Form(0, shift), whole
         table, written = fit(whole.counts, whole.first)
         costs[shift] = table.bits(whole.counts, whole.first) + len(written) + shift * array.values.size
         if len(whole.counts) < _SHORT or costs[shift] > costs[max(shift - 1, least)]:
             break
     best = min(costs, key=lambda s: costs[s])
-    return Form(0, best)
+    return Form(0, best), histograms[best]
 
 
 def _high(array: Symbols, form: Form) -> NDArray[np.integer]:
@@ -125,7 +125,7 @@ def _segment(table: Table, units: Sequence[NDArray[np.integer]]) -> Segment:
 
 
 def _bits(segment: Segment) -> float:
-    counts = np.bincount(segment.numbers, minlength=len(segment.frequencies))
+    counts = count(segment.numbers, 0, len(segment.frequencies))
     used = counts > 0
     return float((counts[used] * (PRECISION - np.log2(segment.frequencies[used]))).sum())
 
@@ -166,15 +166,9 @@ class _Walked:
         self.grids = [Grid.of(arrays[i].shape or (), form.prior) for i, form in candidates.items()]
         self.group = np.array([int(g.places == 1) for g in self.grids])
         flat = np.concatenate(highs)
-        found: list[tuple[NDArray[np.int64], ...]] = []
-
-        def visit(kind: NDArray[np.int64], part: NDArray[np.int64], position: NDArray[np.int64]) -> NDArray[np.int64]:
-            symbols = flat[position]
-            found.append((kind, part, symbols))
-            return symbols
-
-        contexts.walk(self.grids, visit)
-        kinds, self.part, symbols = (np.concatenate(column) for column in zip(*found))
+        found = classes_by_numba(contexts.columns(self.grids, self.group), flat.astype(np.int32))
+        kinds, part, symbols = found or _classes(self.grids, flat)
+        self.part: NDArray[Any] = part
         self.symbols = np.where(kinds < 0, -symbols, symbols)
         self.kinds = np.where(kinds < 0, ~kinds, kinds)
         self.classes: list[tuple[Classes, BitWriter] | None] = [None, None]
@@ -212,6 +206,20 @@ class _Walked:
         numbers = (self.symbols - firsts[number] + sizes[number]).astype(np.uint32)
         frequencies = np.concatenate([np.asarray(t.frequencies, dtype=np.uint32) for t in tables])
         return Segment(frequencies, np.concatenate([t.starts for t in tables]), numbers)
+
+
+def _classes(grids: Sequence[Grid], flat: NDArray[np.int64]) -> tuple[NDArray[np.int64], ...]:
+    """As `classes_by_numba`."""
+    found: list[tuple[NDArray[np.int64], ...]] = []
+
+    def visit(kind: NDArray[np.int64], part: NDArray[np.int64], position: NDArray[np.int64]) -> NDArray[np.int64]:
+        symbols = flat[position]
+        found.append((kind, part, symbols))
+        return symbols
+
+    contexts.walk(grids, visit)
+    kinds, parts, symbols = (np.concatenate(column) for column in zip(*found))
+    return kinds, parts, symbols
 
 
 def _candidates(arrays: Sequence[Symbols]) -> dict[int, Form]:

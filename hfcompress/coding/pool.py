@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from hfcompress.coding.symbols import count
 from hfcompress.coding.tables import Fitted, estimate, fit
 
 MAX_TABLES = 64
@@ -22,9 +23,8 @@ class Histogram:
     def of(values: NDArray[np.integer]) -> "Histogram":
         if values.size == 0:
             return Histogram(0, np.zeros(0, dtype=np.int64))
-        low = int(values.min())
-        shifted = values if low == 0 else values.astype(np.int64) - low
-        return Histogram(low, np.bincount(shifted))
+        low, high = int(values.min()), int(values.max())
+        return Histogram(low, count(values, low, high - low + 1))
 
     def __add__(self, other: "Histogram") -> "Histogram":
         first = min(self.first, other.first)

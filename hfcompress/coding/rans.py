@@ -73,6 +73,21 @@ def encode(segments: Sequence[Segment], states: int, freight: NDArray[np.uint16]
     return np.concatenate([head, *reversed(words)])
 
 
+def classes_by_numba(
+    columns: NDArray[np.int64], values: NDArray[np.int32]
+) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]] | None:
+    """Of symbols known: classes, grids and symbols in the order of the stream (see `fast.walk`); None without numba."""
+    if fast is None:
+        return None
+    kinds, parts, ordered = (np.empty(len(values), dtype=np.int32) for _ in range(3))
+    none, words, bits = np.zeros(0, dtype=np.uint32), np.zeros(0, dtype=np.uint16), np.zeros(0)
+    number, symbols = np.zeros((0, 0), dtype=np.int64), np.zeros(0, dtype=np.int32)
+    fast.walk(
+        columns, number, fast.OCTAVES, none, words, 0, 0, none, symbols, bits, bits, values, kinds, parts, ordered
+    )
+    return kinds, parts, ordered
+
+
 def _push_in_rows(segment: Segment, x: NDArray[np.uint32], begin: int, words: list[NDArray[Any]]) -> None:
     """For as many symbols at once as there are states."""
     states, end = len(x), begin + len(segment.numbers)
@@ -148,6 +163,27 @@ class Decoder:
                 end = min(begin + len(self._x) - self._turn, count)
                 self._step(lookup, base if isinstance(base, int) else base[begin:end], out[begin:end], symbols)
                 begin = end
+        return out
+
+    def walk(
+        self,
+        columns: NDArray[np.int64],
+        number: NDArray[np.int64],
+        lookup: NDArray[np.uint32],
+        symbols: NDArray[np.int32],
+        costs: NDArray[np.float64],
+        bits: NDArray[np.float64],
+    ) -> NDArray[np.int32] | None:
+        """All symbols of contexts by `fast.walk`, which says what the arguments are; None without numba."""
+        if fast is None:
+            return None
+        out, none = np.empty(int(columns[:, :3].prod(axis=1).sum()), dtype=np.int32), np.zeros(0, dtype=np.int32)
+        coder = self._x, self._padded, self._at, self._turn
+        self._at, self._turn = fast.walk(
+            columns, number, fast.OCTAVES, *coder, lookup, symbols, costs, bits, out, none, none, none
+        )
+        if self._at > self._words.size:
+            raise FormatError("the symbol stream is truncated")
         return out
 
     def _step(

@@ -41,3 +41,16 @@ class Form:
 
 
 CONTEXTS, PLAIN = -1, -2
+_PIECE = 1 << 20
+
+
+def count(values: NDArray[np.integer], first: int, size: int) -> NDArray[np.int64]:
+    """How often each of `size` values from `first` on occurs in `values` [n], all of which are among them.
+
+    Piece by piece: numpy counts in 64 bits, which is twice the memory of the values.
+    """
+    counts = np.zeros(size, dtype=np.int64)
+    for begin in range(0, len(values), max(_PIECE, size)):
+        piece = values[begin : begin + max(_PIECE, size)]
+        counts += np.bincount(np.subtract(piece, first, dtype=np.int64) if first else piece, minlength=size)
+    return counts
