@@ -39,7 +39,7 @@ from hfcompress import (
     Seq2SeqCompressionTrainer,
     Uniform,
     checkpoint,
-    cifar,
+    zoo,
 )
 from hfcompress.coding import Symbols
 from hfcompress.teacher import freeze
@@ -76,7 +76,7 @@ def marian(d: int = 256, layers: int = 3, vocabulary: int = 8000) -> MarianMTMod
 
 
 def resnet20() -> TimmWrapperForImageClassification:
-    cifar.register()
+    zoo.register()
     torch.manual_seed(0)
     return TimmWrapperForImageClassification(TimmWrapperConfig(architecture="cifar_resnet20", num_labels=10))
 
