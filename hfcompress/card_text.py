@@ -98,7 +98,9 @@ def making(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if weights.sequences is not None:
         beside = ", beside the references" if weights.sequences.keep_pairs else " in place of the references"
         yield "Training sentences", f"the teacher's translations (beam {weights.sequences.beams}){beside}"
-    start = "the trained full-precision student" if compression.warm_start else "the student's starting point"
+    start = "the student's starting point"
+    if compression.warm_start:
+        start = "the trained full-precision student, which itself was not trained on"
     how = f"from {start}, with its weights compressed at every step"
     if compression.taught_by_twin:
         how += ", taught by the trained full-precision student"

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hfcompress.compressor import Compressor, kind_of, unsaved
+from hfcompress.compressor import WRAPPER_PREFIX, Compressor, kind_of, unsaved
 from hfcompress.container import Reader, StoredSlot, Writer
 from hfcompress.errors import FormatError
 from hfcompress.files import write_atomically
@@ -17,8 +17,6 @@ from hfcompress.folder import save_config
 
 FILE_NAME = "model.hfcompress.safetensors"
 """Not model.safetensors: a reader without this package must stop, not start from random weights."""
-WRAPPER_PREFIX = "timm_model."
-"""transformers' TimmWrapper holds its timm model under this name; files use timm's own names."""
 
 
 @dataclass(frozen=True)

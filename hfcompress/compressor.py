@@ -22,6 +22,9 @@ from hfcompress.errors import ConfigError
 from hfcompress.reparameterization import Kind, Latents, Reparameterization, Slot
 from hfcompress.target import Target
 
+WRAPPER_PREFIX = "timm_model."
+"""transformers' TimmWrapper holds its timm model under this name; files use timm's own names."""
+
 
 class RuleLike(Protocol):
     """What the compressor reads of a rule (`hfcompress.Rule` is one)."""
@@ -65,18 +68,15 @@ class Compressor:
         target: Target | None = None,
         seed: int = 0,
     ) -> None:
-        self.model = model
-        self.rate_weight = rate_weight
-        self.seed = seed
-        self.step = 0
+        self.model, self.rate_weight = model, rate_weight
+        self.seed, self.step = seed, 0
         self.entries: dict[str, Entry] = {}
         self._groups: list[list[Entry]] = []
         claims = _claim(model, rules)
         for position in range(len(rules)):
             mine = [c for c in claims if c[0] == position]
-            total = sum(parameter.numel() for _, _, _, parameter in mine)
+            total, offset = sum(parameter.numel() for _, _, _, parameter in mine), 0
             shared: Latents = {}
-            offset = 0
             for _, name, kind, parameter in mine:
                 slot = Slot(name, tuple(parameter.shape), kind, offset, total)
                 self.entries[name] = self._enter(slot, rules[position].method, parameter, shared)
@@ -170,8 +170,7 @@ class Compressor:
 
     def rate(self) -> Tensor:
         """Bits of all slots: a scalar."""
-        bits = [self._rate_of(group) for group in self._groups]
-        return torch.stack(bits).sum() if bits else torch.zeros(())
+        return torch.stack([self._rate_of(group) for group in self._groups] or [torch.zeros(())]).sum()
 
     def _rate_of(self, group: list[Entry]) -> Tensor:
         return group[0].method.rate_of_group([(e.latents, self._drawn(e)) for e in group])
@@ -225,10 +224,9 @@ class Compressor:
         return replace(entry.slot, draw=int.from_bytes(blake2b(key, digest_size=7).digest(), "big"))
 
     def _decode(self, entry: Entry) -> Tensor:
+        slot = self._drawn(entry) if entry.method.noisy else entry.slot
         with torch.enable_grad():
-            return entry.method.decode(
-                entry.latents, self._drawn(entry) if entry.method.noisy else entry.slot, hard=False
-            )
+            return entry.method.decode(entry.latents, slot, hard=False)
 
 
 def unsaved(model: nn.Module) -> set[str]:
@@ -256,8 +254,7 @@ def _claim(model: nn.Module, rules: Sequence[RuleLike]) -> list[tuple[int, str, 
     aliases: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         aliases.setdefault(id(parameter), []).append(name)
-    modules = dict(model.named_modules())
-    ignored = unsaved(model)
+    modules, ignored = dict(model.named_modules()), unsaved(model)
     claims = []
     for name, parameter in model.named_parameters():
         names = aliases[id(parameter)]
@@ -276,7 +273,7 @@ def _claim(model: nn.Module, rules: Sequence[RuleLike]) -> list[tuple[int, str, 
     for position, rule in enumerate(rules):
         if not any(claim[0] == position for claim in claims):
             kinds = ", ".join(k.value for k in rule.kinds)
-            examples = ", ".join(name for name, _ in list(model.named_parameters())[:3])
+            examples = ", ".join(name.removeprefix(WRAPPER_PREFIX) for name, _ in list(model.named_parameters())[:3])
             raise ConfigError(
                 f"rule {position} (pattern '{rule.pattern}', kinds {kinds}) claims no weight: none matches, or earlier "
                 f"rules took them all. The model's weights are called {examples}, …"
@@ -285,8 +282,10 @@ def _claim(model: nn.Module, rules: Sequence[RuleLike]) -> list[tuple[int, str, 
 
 
 def _first_match(rules: Sequence[RuleLike], name: str, kind: Kind) -> int | None:
-    matches = (i for i, rule in enumerate(rules) if kind in rule.kinds and fnmatchcase(name, rule.pattern))
-    return next(matches, None)
+    names = (name, name.removeprefix(WRAPPER_PREFIX))  # as in the model and as in the file
+    return next(
+        (i for i, r in enumerate(rules) if kind in r.kinds and any(fnmatchcase(n, r.pattern) for n in names)), None
+    )
 
 
 def _check_same(found: dict[str, Latents], wanted: dict[str, Latents]) -> None:

@@ -102,11 +102,10 @@ def _small(recipe: Recipe, here: bool) -> Recipe:
     if recipe.translation is not None:
         if network(recipe.first).marian is not None:
             changes["vocabulary"] = replace(recipe.vocabulary or Vocabulary(size=_TOKENS), size=_TOKENS)
-        quick_sequences = teaching.sequences and replace(
-            teaching.sequences, monolingual=None, max_new_tokens=8, filters=Filters(least_score=-1e9)
-        )
+        soon: dict[str, Any] = {"engine": "transformers", "monolingual": None, "max_new_tokens": 8}
+        sequences = teaching.sequences and replace(teaching.sequences, **soon, filters=Filters(least_score=-1e9))
         # a teacher of random weights translates nothing
-        changes["distillation"] = replace(teaching, least_bleu=0.0, sequences=quick_sequences)
+        changes["distillation"] = replace(teaching, least_bleu=0.0, sequences=sequences)
     for name in ("translation", "images"):
         data = getattr(recipe, name)
         if data is not None and here:

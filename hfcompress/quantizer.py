@@ -20,8 +20,8 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hfcompress import positions, zoo
-from hfcompress.checkpoint import FILE_NAME, WRAPPER_PREFIX, check_names, read, wrapper_prefix
-from hfcompress.compressor import unsaved
+from hfcompress.checkpoint import FILE_NAME, check_names, read, wrapper_prefix
+from hfcompress.compressor import WRAPPER_PREFIX, unsaved
 from hfcompress.container import Reader
 from hfcompress.errors import FormatError
 from hfcompress.saving import remember

@@ -28,6 +28,7 @@ from hfcompress.schema import Source
 
 JSON_SUFFIXES = ("jsonl", "jsonl.gz", "json", "json.gz")
 SHARD = re.compile(r"(?P<split>.+?)-(?P<index>\d+)(-of-(?P<total>\d+))?\.parquet")
+_LISTED = 12
 
 
 def read_split(folder: Path, split: str, languages: tuple[str, ...] = ()) -> Dataset:
@@ -168,8 +169,9 @@ def _check_shards(shards: dict[Path, re.Match[str]], split: str) -> None:
 def _no_folder(folder: Path) -> str:
     parent = next(p for p in folder.absolute().parents if p.is_dir())
     there = sorted(path.name for path in parent.iterdir() if path.is_dir())
+    listed = ", ".join(there[:_LISTED]) + (f" and {len(there) - _LISTED} more" if len(there) > _LISTED else "")
     return (
-        f"No folder {folder} (in {parent}: {', '.join(there) or 'no folders'}). "
+        f"No folder {folder} (in {parent}: {listed or 'no folders'}). "
         "Give the folder that holds it with --data-root, or its full path in the recipe."
     )
 

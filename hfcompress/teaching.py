@@ -117,7 +117,10 @@ def monolingual(path: Path) -> Text:
     odd = sum(any(mark in line for mark in BREAKS) for line in lines)
     if odd:
         logger.warning("%s: %d of %d lines hold CR, VT, NEL, U+2028 or the like: they end none.", path, odd, len(lines))
-    return Text(path.name, [line for line in lines if line.strip()])
+    full = [line for line in lines if line.strip()]
+    if len(full) < len(lines):
+        logger.warning("%s: left out %d of %d lines: they are blank.", path, len(lines) - len(full), len(lines))
+    return Text(path.name, full)
 
 
 def ctranslate2_backend(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Sequences) -> Backend:

@@ -165,6 +165,14 @@ def test_accumulated_gradients_are_pulled_back_once() -> None:
         assert entry.parameter.grad is None  # or the peak would hold both
 
 
+def test_rules_name_weights_of_timm_as_files_do() -> None:
+    model = nn.ModuleDict({"timm_model": Toy()})
+    found = {pattern: set(compress(model, Uniform(), pattern).entries) for pattern in ("conv.*", "timm_model.conv.*")}
+    assert found["conv.*"] == found["timm_model.conv.*"] == {"timm_model.conv.weight", "timm_model.conv.bias"}
+    with pytest.raises(ConfigError, match=r"weights are called embed\.weight"):
+        compress(model, Uniform(), "nothing.*")
+
+
 def test_shared_latents_are_one_tensor() -> None:
     compressor = compress(Toy(), Scaled())
     assert len({id(e.latents["log_scale"]) for e in compressor.entries.values()}) == 1

@@ -229,15 +229,15 @@ def test_a_finished_stage_is_found_as_it_stands(tmp_path):
 
 def test_a_stage_of_another_run_is_taken_over(tmp_path):
     source, target = tmp_path / "source", tmp_path / "target"
-    assert stages.reuse("small", source, target, "as it was") is None
+    assert stages.found("small", target, "as it was", [source]) is None
     train_stage(source, **{**BY_STEPS, "max_steps": 2})
-    assert stages.reuse("small", source, target, "otherwise") is None and not target.exists()
+    assert stages.found("small", target, "otherwise", [source]) is None and not target.exists()
     (source / "broken").symlink_to("nowhere")
     with pytest.raises(shutil.Error):
-        stages.reuse("small", source, target, "as it was")
+        stages.found("small", target, "as it was", [source])
     assert (target / FILE).exists() and stages.finished("small", target, "as it was") is None  # not all is there
     (source / "broken").unlink()
-    assert stages.reuse("small", source, target, "as it was").folder == target
+    assert stages.found("small", target, "as it was", [source]).folder == target
     assert (target / FILE).read_bytes() == (source / FILE).read_bytes()
 
 
