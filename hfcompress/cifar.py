@@ -40,7 +40,29 @@ class _Block(nn.Module):
         return F.relu(x + y)
 
 
-class CifarResNet(nn.Module):
+class SmallNetwork(nn.Module):
+    """timm's split into features and head."""
+
+    num_classes: int
+    num_features: int
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images → what the head reads."""
+        raise NotImplementedError
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        if enable:
+            raise ValueError("these networks are too small for gradient checkpointing")
+
+
+class CifarResNet(SmallNetwork):
     """`blocks` residual blocks a stage, `width` times the filters. [n, in_chans, h, w] → [n, num_classes]."""
 
     def __init__(self, blocks: int = 3, width: int = 1, num_classes: int = 10, in_chans: int = 3) -> None:
@@ -68,14 +90,6 @@ class CifarResNet(nn.Module):
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         pooled = x.mean(dim=(2, 3))
         return pooled if pre_logits else self.linear(pooled)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        if enable:
-            raise ValueError("these networks are too small for gradient checkpointing")
 
 
 ARCHITECTURES: dict[str, tuple[Callable[..., nn.Module], Mapping[str, Any]]] = {

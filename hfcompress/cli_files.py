@@ -5,12 +5,12 @@ import os
 import re
 import shlex
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from hfcompress.errors import ConfigError
 
@@ -103,10 +103,9 @@ def verify(
     """Check that a compressed file is whole. Digests, every weight's decoding, tables, names against config.json."""
     from hfcompress.verify import verify as check
 
-    out = console()
     for line in check(path):
-        out.print(line, highlight=False, soft_wrap=True, markup=False)
-    out.print("the file is good", style="bold green")
+        _say(console(), line)
+    console().print("the file is good", style="bold green")
 
 
 @commands.command()
@@ -131,9 +130,8 @@ def export(
 
     from hfcompress.export import export as write
 
-    out = console()
     for line in write(folder, output, to.value, quantization=quantization, sentences=sentences):
-        out.print(line, highlight=False, soft_wrap=True, markup=False)
+        _say(console(), line)
 
 
 @commands.command()
@@ -146,11 +144,13 @@ def push(
     """Upload a compressed folder to the Hub in one commit. The file and the card are checked first."""
     from hfcompress.hub import push as upload
 
-    print(upload(folder, repository, private=private, revision=revision, say=_say(console(stderr=True))))
+    say = partial(_say, console(stderr=True))
+    print(upload(folder, repository, private=private, revision=revision, say=say))
 
 
-def _say(out: Console):  # type: ignore[no-untyped-def]
-    return lambda line: out.print(escape(line), highlight=False, soft_wrap=True)
+def _say(out: Console, line: str) -> None:
+    """As it is, on one line however long."""
+    out.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def bytes_of(text: str) -> int:

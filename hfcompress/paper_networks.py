@@ -8,34 +8,17 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from hfcompress.cifar import SmallNetwork
 
 _MNIST = {"input_size": (1, 28, 28), "num_classes": 10, "pool_size": None, "crop_pct": 1.0}
 _CIFAR = {"input_size": (3, 32, 32), "num_classes": 10, "pool_size": None, "crop_pct": 1.0, "classifier": "out"}
 
 
-class _Plain(nn.Module):
-    """What the networks below share: timm's split into features and head, Xavier's initial weights."""
-
-    num_classes: int
-    num_features: int
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Images → what the first dense layer reads."""
-        raise NotImplementedError
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        raise NotImplementedError
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        if enable:
-            raise ValueError("these networks are too small for gradient checkpointing")
+class _Plain(SmallNetwork):
+    """What the networks below share: Xavier's initial weights."""
 
     def _start(self) -> None:
         for module in self.modules():

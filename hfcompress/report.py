@@ -133,11 +133,11 @@ def plot_training(curves: Mapping[str, Sequence[Mapping[str, Any]]], path: Path)
     for place, (key, title, unit) in enumerate(panels, start=1):
         axes = figure.add_subplot(rows, columns, place)
         _draw_lines(axes, lines[key], validation=key.startswith("eval_"))
-        _title(axes, title)
+        entitle(axes, title)
         axes.set(xlabel="epoch", ylabel=unit, xlim=(0, 1.02 * last))
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
-    _save(figure, path)
+    save_picture(figure, path)
     return True
 
 
@@ -194,7 +194,7 @@ def plot_sizes(parts: Sequence[Part], path: Path, yardsticks: Mapping[str, int] 
     _draw_parts(panels[0], ranked, total)
     if yardsticks:
         _draw_measures(panels[1], measures, total)
-    _save(figure, path)
+    save_picture(figure, path)
 
 
 def plot_scores(results: Results, path: Path) -> bool:
@@ -214,18 +214,23 @@ def plot_scores(results: Results, path: Path) -> bool:
         spread = [[max(0.0, score.value - score.interval[0])], [max(0.0, score.interval[1] - score.value)]]
         axes.errorbar([row.bytes], [score.value], spread, color=colour, marker=marker, capsize=3, linestyle="")
         axes.annotate(row.title, (row.bytes, score.value), xytext=(7, 5), textcoords="offset points", color=colour)
-    _title(axes, "score against size")
+    entitle(axes, "score against size")
     axes.set(xlabel="bytes on disk", ylabel=METRICS[metric].heading, xscale="log")
     least, most = min(row.bytes for row in rows), max(row.bytes for row in rows)
     axes.set_xlim(least / 1.5, most * max(3.0, (most / least) ** 0.5))  # room for the names
+    readable_sizes(axes)
+    save_picture(figure, path)
+    return True
+
+
+def readable_sizes(axes: Axes) -> None:
+    """A logarithmic axis of bytes in units a person reads, over a grid."""
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: readable_bytes(round(size)) if size >= 1 else ""))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(color="#e4e4e4", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    _save(figure, path)
-    return True
 
 
 def _draw_parts(axes: Axes, ranked: Sequence[Part], total: int) -> None:
@@ -242,7 +247,7 @@ def _draw_parts(axes: Axes, ranked: Sequence[Part], total: int) -> None:
         share = 100 * part.bytes / total
         note = f"{share:.1f} %" if share >= 0.05 else "< 0.1 %"
         axes.text(part.bytes, place, f" {readable_bytes(part.bytes)}, {note}", va="center")
-    _title(axes, f"the compressed file: {readable_bytes(total)}, by kind of weight")
+    entitle(axes, f"the compressed file: {readable_bytes(total)}, by kind of weight")
     axes.legend(loc="lower right", frameon=False)
     _size_axis(axes, max(part.bytes for part in ranked))
 
@@ -258,7 +263,7 @@ def _draw_measures(axes: Axes, measures: Mapping[str, int], total: int) -> None:
     for place, (name, size) in enumerate(ranked):
         ratio = "" if name == "this file" else f", {size / total:.1f} ×"
         axes.text(size, place, f" {readable_bytes(size)}{ratio}", va="center")
-    _title(axes, "measured against")
+    entitle(axes, "measured against")
     _size_axis(axes, max(measures.values()))
 
 
@@ -272,11 +277,13 @@ def _size_axis(axes: Axes, longest: int) -> None:
     axes.spines[["top", "right", "left"]].set_visible(False)
 
 
-def _title(axes: Axes, text: str) -> None:
+def entitle(axes: Axes, text: str) -> None:
+    """In bold, above its left corner."""
     axes.set_title(text, loc="left", fontsize=10.5, fontweight="bold")
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_picture(figure: Figure, path: Path) -> None:
+    """Write a PNG, whole or not at all; the same figure gives the same bytes."""
     picture = io.BytesIO()
     FigureCanvasAgg(figure).print_png(picture, metadata={"Software": None})
     write_atomically(path, picture.getvalue())

@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import shutil
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from hfcompress.errors import Interrupted, ResumeError
 from hfcompress.files import write_atomically
+from hfcompress.signals import stop_signals_call
 
 logger = logging.getLogger(__name__)
 
@@ -89,12 +89,8 @@ class CommitCheckpoints(TrainerCallback):
                 raise KeyboardInterrupt
             self.stop_requested = True
 
-        previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
+        with stop_signals_call(request):
             yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
         if self.stopped or _anywhere(self.stop_requested):
             raise Interrupted("stopped by a signal; all work was saved: run the same command with --resume")
 

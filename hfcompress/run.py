@@ -64,6 +64,7 @@ class Run:
         self.recipe, self.output, self.data_root = recipe, output, data_root
         self.reuse_from, self.command, self.wanted = reuse_from, command, fingerprints(recipe)
         self.validation, self.console = validation, console or Console()
+        self._taught: nn.Module | TeacherCache | None = None
         # said outright: without a GPU it would take each of several processes for the only one
         cpu = recipe.training.get("use_cpu", not torch.accelerator.is_available())
         self.main = PartialState(cpu=cpu).is_main_process
@@ -158,7 +159,7 @@ class Run:
     ) -> Stage:
         """The stage, trained unless it is there. What a teacher gives is the data's too, though a `twin` may teach."""
         folder, wanted = self.output / STAGES / name, self.wanted[name]
-        if (before := self._found(name, wanted)) is not None:
+        if (before := self._found(name)) is not None:
             self._say(f"{name}: done before")
             return before
         model = build()
@@ -171,7 +172,7 @@ class Run:
             task.save_processing(folder)
 
         if self._used_as_it_is(name, network):
-            return self._as_it_is(name, folder, wanted, model, task)
+            return self._as_it_is(name, folder, model, task)
         if cut := cut_of(model):
             self._say(f"{name}: {cut}")
         taught = self._taught_by(teacher, task) if teacher is not None else None
@@ -181,19 +182,20 @@ class Run:
         return train(name, folder, wanted, task, model, self._settings(network), save, teacher=taught, **extra)
 
     def _taught_by(self, teacher: Stage, task: Task) -> nn.Module | TeacherCache:
-        """What students are trained with; what other runs have had from the same teacher is taken over."""
-        place, wanted = self.output / STAGES, self.wanted["teaching"]
-        for name in teaching.FOLDERS:
-            self._found(name, wanted)
-        shown = self.console if self.main else None
-        taught = teaching.prepare(self.recipe, task, teacher.folder, place, self.data_root, shown)
-        for name in teaching.FOLDERS:
-            if (place / name).is_dir():
-                self._mark(name, place / name, wanted)
-        return taught
+        """What students are trained with, asked for once; what other runs have had from the teacher is taken over."""
+        if self._taught is None:
+            place, shown = self.output / STAGES, self.console if self.main else None
+            for name in teaching.FOLDERS:
+                self._found(name)
+            self._taught = teaching.prepare(self.recipe, task, teacher.folder, place, self.data_root, shown)
+            for name in teaching.FOLDERS:
+                if (place / name).is_dir():
+                    self._mark(name)
+        return self._taught
 
-    def _found(self, name: str, wanted: str) -> Stage | None:
-        return found(name, self.output / STAGES / name, wanted, [other / STAGES / name for other in self.reuse_from])
+    def _found(self, name: str) -> Stage | None:
+        others = [other / STAGES / name for other in self.reuse_from]
+        return found(name, self.output / STAGES / name, self.wanted[name], others)
 
     def _used_as_it_is(self, name: str, network: Network) -> bool:
         """A teacher without settings for training; and a student that has weights, but neither those nor a teacher."""
@@ -202,7 +204,7 @@ class Run:
         given = network.weights is not None or network.pretrained is not None
         return name == "teacher" or (name == "student" and self.recipe.teacher is None and given)
 
-    def _as_it_is(self, name: str, folder: Path, wanted: str, model: PreTrainedModel, task: Task) -> Stage:
+    def _as_it_is(self, name: str, folder: Path, model: PreTrainedModel, task: Task) -> Stage:
         least = self.recipe.distillation.least_bleu
         if name == "teacher" and isinstance(task, Translation) and least:
             bleu = teaching.check_direction(model, task.tokenizer, task.splits.validation, least)
@@ -210,22 +212,22 @@ class Run:
         if self.main:
             dequantize(model).save_pretrained(folder)  # a teacher may come from a compressed file
             task.save_processing(folder)
-        return self._mark(name, folder, wanted)
+        return self._mark(name)
 
     def _post_training(self, task: Task, student: Stage) -> Stage:
         """The trained full-precision student, compressed as it is: the baseline."""
-        folder, wanted = self.output / STAGES / "post_training", self.wanted["post_training"]
-        if (before := self._found("post_training", wanted)) is not None:
+        if (before := self._found("post_training")) is not None:
             return before
         if self.main:
+            folder = self.output / STAGES / "post_training"
             model = load_model(student.folder)
             checkpoint.save(model, folder, Compressor(model, self.recipe.compression.rules))
             task.save_processing(folder)
-        return self._mark("post_training", folder, wanted)
+        return self._mark("post_training")
 
-    def _mark(self, name: str, folder: Path, wanted: str) -> Stage:
+    def _mark(self, name: str) -> Stage:
         """A stage that took no training."""
-        stage = Stage(name, folder, wanted, 0.0, [])
+        stage = Stage(name, self.output / STAGES / name, self.wanted[name], 0.0, [])
         if self.main:
             stage.mark()
         PartialState().wait_for_everyone()

@@ -65,7 +65,8 @@ def fingerprints(recipe: Recipe) -> dict[str, str]:
     post, compressed = fingerprint(student, rules), fingerprint(student, rules, compression, *twin)
     return {
         "teacher": teacher,
-        "teaching": teaching,
+        "translations": teaching,
+        "teacher_cache": teaching,
         "student": student,
         "post_training": post,
         "compressed": compressed,

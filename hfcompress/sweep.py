@@ -23,6 +23,7 @@ from hfcompress.files import write_atomically
 from hfcompress.jobs import Job
 from hfcompress.output import RECIPE, RESULTS, STAGES, VALIDATION
 from hfcompress.recipe import command_line, dump
+from hfcompress.signals import stop_signals_call
 from hfcompress.stages import MARKER, fingerprints
 from hfcompress.sweep_report import plot, write_table
 from hfcompress.sweep_results import SweepResults, cell_folder, error_file, gather
@@ -185,12 +186,10 @@ class SweepRun:
             for _, job in running:
                 job.signal(number)
 
-        previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            yield
+            with stop_signals_call(pass_on):
+                yield
         finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
             for _, job in running:  # none is left but where something went wrong here
                 job.signal(signal.SIGTERM)
 

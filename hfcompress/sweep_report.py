@@ -1,17 +1,15 @@
 """A sweep's table in Markdown, and its plot: bytes against score, with the paper's figures beside ours."""
 
-import io
 from collections.abc import Iterator
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from hfcompress.card_text import Table, duration, hardware_words, markdown_table
 from hfcompress.files import write_atomically
-from hfcompress.results import METRICS, readable_bytes
+from hfcompress.report import entitle, readable_sizes, save_picture
+from hfcompress.results import METRICS
 from hfcompress.sweep_results import CellRecord, Mean, PointRecord, SweepResults, mean
 
 # Okabe and Ito's palette, which the colour-blind tell apart; each line has its own marker too
@@ -176,17 +174,10 @@ def plot(results: SweepResults, path: Path) -> bool:
     _draw_paper(axes, results)
     axes.set_xscale("log")
     axes.set(xlabel="bytes of the file", ylabel=f"test {METRICS[results.metric].heading}")
-    axes.set_title(results.title, loc="left", fontsize=10.5, fontweight="bold")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: readable_bytes(round(size)) if size >= 1 else ""))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.grid(color="#e4e4e4", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    entitle(axes, results.title)
+    readable_sizes(axes)
     axes.legend(frameon=False, fontsize=8)
-    picture = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(picture, metadata={"Software": None})
-    write_atomically(path, picture.getvalue())
+    save_picture(figure, path)
     return True
 
 

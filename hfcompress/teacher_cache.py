@@ -67,7 +67,9 @@ def write(
     """
     process = process or Process()
     ask = partial(_ask, freeze(teacher), collator, k, temperature, batch_size)
-    _claim(folder, {"k": k, "temperature": temperature, "rows": len(rows), "shard_rows": shard_rows}, teacher)
+    made_of: dict[str, Any] = {"k": k, "temperature": temperature, "rows": len(rows), "shard_rows": shard_rows}
+    made_of["teacher"] = digest_of(teacher)
+    claim(folder / SETTINGS, made_of, lambda told: f"the teacher's cache in {folder} was {told}. Delete it")
     starts = list(enumerate(range(0, len(rows), shard_rows)))[process.index :: process.count]
     total = sum(min(shard_rows, len(rows) - start) for _, start in starts)
     done = 0
@@ -243,13 +245,15 @@ def _unpacked(values: NDArray[Any]) -> NDArray[Any]:
 # ------------------------------------------------------------------------------------------ files
 
 
-def _claim(folder: Path, settings: dict[str, Any], teacher: nn.Module) -> None:
-    wanted = {**settings, "teacher": digest_of(teacher)}
-    path = folder / SETTINGS
+def claim(path: Path, wanted: Mapping[str, Any], refusal: Callable[[str], str]) -> None:
+    """Say in the file `path` what its folder is made of.
+
+    Raises ResumeError, which `refusal` words from what differs: it is made of something else.
+    """
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else wanted
     if differing := [name for name in wanted if found.get(name) != wanted[name]]:
         told = ", ".join(f"{name} {found.get(name)} / {wanted[name]}" for name in differing)
-        raise ResumeError(f"the teacher's cache in {folder} was made otherwise (there / asked): {told}. Delete it")
+        raise ResumeError(refusal(f"made otherwise (there / asked): {told}"))
     write_atomically(path, json.dumps(wanted, indent=1).encode())
 
 

@@ -30,7 +30,7 @@ from hfcompress.filters import counts, judge
 from hfcompress.schema import Sequences
 from hfcompress.sources import no_progress_bars
 from hfcompress.teacher import digest_of
-from hfcompress.teacher_cache import Process
+from hfcompress.teacher_cache import Process, claim
 
 SHARDS, SUMMARY, SETTINGS = ".shards", "translation.json", "settings.json"
 FILE_ROWS = 1_000_000
@@ -237,12 +237,7 @@ def _claim(folder: Path, model: PreTrainedModel, texts: Sequence[Text], settings
     rows = {text.origin: len(text.sources) for text in texts}
     shards = len(list(_parts(texts, settings.shard_rows)))
     wanted = {**decided, "rows": rows, "shards": shards, "teacher": digest_of(model)}
-    path = folder / SETTINGS
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else wanted
-    if differing := [name for name in wanted if found.get(name) != wanted[name]]:
-        told = ", ".join(f"{name} {found.get(name)} / {wanted[name]}" for name in differing)
-        raise ResumeError(f"the translations in {folder.parent} were made otherwise (there / asked): {told}")
-    write_atomically(path, json.dumps(wanted, indent=1).encode())
+    claim(folder / SETTINGS, wanted, lambda told: f"the translations in {folder.parent} were {told}")
 
 
 def _parquet(rows: Dataset) -> bytes:

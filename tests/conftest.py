@@ -78,6 +78,11 @@ def make_model(name: str) -> PreTrainedModel:
             num_labels=7,
         )
         model = TimmWrapperForImageClassification(config)
+    return unsettled(model)
+
+
+def unsettled(model: PreTrainedModel) -> PreTrainedModel:
+    """The model in eval mode, none of its weights and statistics at its neutral starting value."""
     fixed = set(model._keys_to_ignore_on_save or ())
     with torch.no_grad():
         for tensor_name, tensor in model.state_dict().items():

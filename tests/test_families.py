@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import compress, make_inputs
+from conftest import compress, make_inputs, unsettled
 from transformers import (
     AutoModelForSeq2SeqLM,
     BartConfig,
@@ -75,12 +75,7 @@ def make(family: str) -> PreTrainedModel:
             architecture=architecture, model_args=arguments or None, pretrained_cfg=shown, num_labels=7
         )
         model = TimmWrapperForImageClassification(config)
-    fixed = set(model._keys_to_ignore_on_save or ())
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            if name not in fixed and tensor.is_floating_point():
-                tensor.add_(0.1 * torch.rand(tensor.shape))
-    return model.eval()
+    return unsettled(model)
 
 
 def aliases(model: PreTrainedModel) -> list[list[str]]:

@@ -9,8 +9,9 @@ import hfcompress
 
 ROOT = Path(hfcompress.__file__).parent
 FLOORS = """
-errors rounding losses probe padding files plugin progress cifar paper_networks density jobs
-coding.bits coding.symbols sealed packing output zoo
+errors rounding losses probe padding files plugin progress cifar density jobs signals
+paper_networks coding.bits coding.symbols sealed packing output
+zoo
 coding
 coding.tables coding.contexts
 coding.fast coding.pool coding.classes

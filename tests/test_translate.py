@@ -165,12 +165,17 @@ def test_a_line_ends_where_wc_says(tmp_path, caplog):
     assert "2 of 3 lines hold CR, VT, NEL" in caplog.text
 
 
-def test_the_command(taught, tmp_path):
+def keep(taught, folder):
+    """The teacher and its pairs as the command reads them."""
     model, tokenizer, pairs = taught
-    model.save_pretrained(tmp_path / "teacher")
-    tokenizer.save_pretrained(tmp_path / "teacher")
-    (tmp_path / "data").mkdir()
-    pairs.rename_columns({"source": "de", "target": "en"}).to_json(tmp_path / "data" / "train.jsonl", force_ascii=False)
+    model.save_pretrained(folder / "teacher")
+    tokenizer.save_pretrained(folder / "teacher")
+    (folder / "data").mkdir()
+    pairs.rename_columns({"source": "de", "target": "en"}).to_json(folder / "data" / "train.jsonl", force_ascii=False)
+
+
+def test_the_command(taught, tmp_path):
+    keep(taught, tmp_path)
     options = ["--output", str(tmp_path / "out"), "--beams", "2", "--n-best", "2", "--max-new-tokens", "8"]
     options += ["--least-score", "-99", "--source", "de", "--target", "en"]
     done = CliRunner().invoke(app, ["translate", str(tmp_path / "teacher"), str(tmp_path / "data"), *options])
@@ -186,11 +191,7 @@ def test_the_command(taught, tmp_path):
 
 def test_two_processes_of_torchrun_make_the_dataset_of_one(taught, tmp_path):
     """Row for row, and file for file."""
-    model, tokenizer, pairs = taught
-    model.save_pretrained(tmp_path / "teacher")
-    tokenizer.save_pretrained(tmp_path / "teacher")
-    (tmp_path / "data").mkdir()
-    pairs.rename_columns({"source": "de", "target": "en"}).to_json(tmp_path / "data" / "train.jsonl", force_ascii=False)
+    keep(taught, tmp_path)
     given = ["translate", str(tmp_path / "teacher"), str(tmp_path / "data"), "--source", "de", "--target", "en"]
     given += ["--beams", "2", "--n-best", "2", "--max-new-tokens", "8", "--least-score", "-99", "--shard-rows", "8"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
