@@ -2,8 +2,9 @@
 
 The default is one unbounded grid for every matrix, its step relative to the size of the matrix' weights and its codes
 entropy coded. Min–max buckets of b bits spend those bits on values that hardly occur; here a value costs what it is
-rare, so that the same error takes fewer bytes. The step is found by bisection: on a sample of the weights first, then
-corrected by the sizes of real files.
+rare, so that the same error takes fewer bytes. A trellis opens every other point of a finer grid (`dependent`), which
+takes fewer still. The step is found by bisection: on a sample of the weights first, then corrected by the sizes of real
+files.
 """
 
 import math
@@ -20,14 +21,14 @@ from hfcompress.checkpoint import Sizes
 from hfcompress.compress_rules import MATRICES, default_rules, parameters
 from hfcompress.compressor import Compressor
 from hfcompress.errors import ConfigError
-from hfcompress.methods.entropy import LIMIT, EntropyPenalized
+from hfcompress.methods.entropy import EntropyPenalized
 from hfcompress.originals import Original, saved_tensors
 from hfcompress.schema import Rule
 
 GRID = EntropyPenalized.__name__.lower()
 DEFAULT_BITS = 4.0
 FINEST, COARSEST = 2.0**-12, 4.0
-"""Steps of the grid, relative to the root mean square of a weight's elements."""
+"""Distances of open points of the grid, relative to the root mean square of a weight's elements."""
 _TOLERANCE = 0.02
 _SAMPLE = 1 << 21
 _TRIES = 6
@@ -182,13 +183,10 @@ class _Search:
 
 
 def _set_step(compressor: Compressor, step: float) -> None:
-    """A method's own first step is for training, which must not begin with most weights zero; a file may."""
-    with torch.no_grad():
-        for entry in compressor.entries.values():
-            if isinstance(entry.method, EntropyPenalized) and entry.slot.numel:
-                least = entry.latents["weight"].abs().max().double() / LIMIT
-                wanted = entry.latents["log_step"] + math.log(step / entry.method.step)
-                entry.latents["log_step"].copy_(torch.maximum(wanted, least.log().float()))
+    """Put every matrix on its grid: a method's own first step is for training, not for a file."""
+    for entry in compressor.entries.values():
+        if isinstance(entry.method, EntropyPenalized) and entry.slot.numel:
+            entry.latents = entry.method.on_dependent_grid(entry.latents, step)
     compressor.write()
 
 

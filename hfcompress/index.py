@@ -16,12 +16,13 @@ from math import prod
 from typing import Any
 
 from hfcompress.coding.bits import unzigzag, zigzag
-from hfcompress.coding.symbols import CONTEXTS, Form
+from hfcompress.coding.symbols import CONTEXTS, MAX_SHIFT, Form
 from hfcompress.errors import FormatError
 
 TYPES = ("symbols", "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 SIZES = dict(zip(TYPES, (0, 8, 4, 2, 2, 8, 4, 2, 1, 1, 1)))
 MAX_TENSORS, MAX_NAME, MAX_AXES = 1 << 16, 1024, 8
+_JOINED = MAX_SHIFT + 1
 _SAME, _NEXT = "\1", "\2"
 _NUMBER, _FOLDED = re.compile("([0-9]+)"), re.compile(f"([0-9]+|[{_SAME}{_NEXT}])")
 
@@ -129,7 +130,7 @@ class Index:
                     yield 0 if count == prod(record.shape) else count + 1
         forms = [f for p in self.parts for f in p.forms]
         yield from (f.table + 2 for f in forms)
-        yield from (p.forms[0].shift for p in self.parts if p.type == "symbols")
+        yield from (f.shift + _JOINED * f.joined for f in (p.forms[0] for p in self.parts if p.type == "symbols"))
         for form in forms:
             if form.table == CONTEXTS:
                 yield zigzag(form.center)
@@ -202,9 +203,10 @@ def _forms(cursor: "Cursor", types: Sequence[str]) -> list[tuple[Form, ...]]:
     tables = [[cursor.number() - 2 for _ in range(width)] for width in widths]
     shifts = [cursor.number() if t == "symbols" else 0 for t in types]
     forms = []
-    for of_part, shift in zip(tables, shifts):
+    for of_part, number in zip(tables, shifts):
+        joined, shift = number >= _JOINED, number - _JOINED * (number >= _JOINED)
         pairs = [(unzigzag(cursor.number()), cursor.number()) if t == CONTEXTS else (0, 0) for t in of_part]
-        forms.append(tuple(Form(t, shift, center, prior) for t, (center, prior) in zip(of_part, pairs)))
+        forms.append(tuple(Form(t, shift, center, prior, joined) for t, (center, prior) in zip(of_part, pairs)))
     return forms
 
 

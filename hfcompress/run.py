@@ -289,13 +289,9 @@ def run_file(
         return base if len(recipes) == 1 else base / recipe.name
 
     options = {**options, "data_root": data_root, "command": command_line("run", path, overrides, data_root)}
+    output = output or Path("runs") / path.stem
     runs = [
-        Run(
-            recipe,
-            place(output or Path("runs") / path.stem, recipe),
-            reuse_from=[place(other, recipe) for other in reuse_from],
-            **options,
-        )
+        Run(recipe, place(output, recipe), reuse_from=[place(other, recipe) for other in reuse_from], **options)
         for recipe in recipes
     ]
     return [run.run() for run in runs]

@@ -13,10 +13,10 @@ errors rounding losses probe padding files plugin progress cifar density jobs si
 paper_networks coding.bits coding.symbols sealed packing output
 zoo
 coding
-coding.tables coding.contexts
+coding.tables coding.contexts coding.trellis
 coding.fast coding.pool coding.classes
 coding.rans
-coding.plan coding.decoder
+coding.plan coding.decoder dependent
 reparameterization target
 controller
 methods.dense methods.entropy methods.hashing methods.levels methods.threshold methods.uniform

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hfcompress.coding import contexts
+from hfcompress.coding import contexts, trellis
 from hfcompress.coding.bits import BitReader
 from hfcompress.coding.classes import Classes, read_classes
 from hfcompress.coding.contexts import Grid
@@ -134,13 +134,13 @@ class Arrays:
         """High and low bits together, around the center."""
         form = place.form
         if not form.shift and not form.center:
-            return high.astype(np.int32, copy=False)
+            return _joined(high.astype(np.int32, copy=False), form)
         whole = (high.astype(np.int64) << form.shift) + form.center
         if form.shift:
             whole += self._decoder.take(_uniform(form.shift), 0, place.count) >> (PRECISION - form.shift)
         if whole.size and not -(2**31) <= whole.min() <= whole.max() < 2**31:
             raise FormatError("symbols outside 32-bit integers")
-        return whole.astype(np.int32)
+        return _joined(whole.astype(np.int32), form)
 
     def _contexts(self, members: list[int]) -> None:
         if not members:
@@ -175,6 +175,14 @@ class Arrays:
         for i, high, spent in zip(members, highs, bits.tolist()):
             place = self._places[i]
             self._ready[i] = self._whole(high, place), spent + place.count * place.form.shift
+
+
+def _joined(values: NDArray[np.int32], form: Form) -> NDArray[np.int32]:
+    if not form.joined or not values.size:
+        return values
+    if not -(2**30) <= values.min() <= values.max() < 2**30:
+        raise FormatError("symbols outside 32-bit integers")
+    return trellis.join(values if values.flags.writeable else values.copy())
 
 
 def _uniform(shift: int) -> NDArray[np.uint32]:

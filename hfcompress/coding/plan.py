@@ -2,17 +2,17 @@
 
 Order: for each table all planes of bytes that took it; the symbols of contexts as `contexts.walk` meets them, then the
 low bits of each such array; then array after array the symbols of a table, and their low bits. So a reader can go
-through large arrays one by one. Constant arrays are not in the stream.
+through large arrays one by one. Constant arrays are not in the stream, nor are lowest bits that a trellis tells.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hfcompress.coding import contexts
+from hfcompress.coding import contexts, trellis
 from hfcompress.coding.bits import BitWriter
 from hfcompress.coding.classes import Classes, fit_classes
 from hfcompress.coding.contexts import Grid, prior_of
@@ -51,6 +51,8 @@ def plan(arrays: Sequence[Symbols], planes: Sequence[NDArray[np.uint8]]) -> Plan
 
     Raises FormatError: values 2^24 or more apart.
     """
+    told = [trellis.split(a.values) for a in arrays]
+    arrays = [a if high is None else replace(a, values=high) for a, high in zip(arrays, told)]
     forms, histograms = map(list, zip(*map(_static, arrays))) if arrays else ([], [])
     highs = [_high(a, f) for a, f in zip(arrays, forms)]
     whole = [*histograms, *map(Histogram.of, planes)]
@@ -78,6 +80,7 @@ def plan(arrays: Sequence[Symbols], planes: Sequence[NDArray[np.uint8]]) -> Plan
     bits = sum(_bits(s) for s in segments)
     freight = sum(p.size for p, c in zip(planes, choice[len(arrays) :]) if c < 0)
     planes_forms = tuple(Form(c if c >= 0 else PLAIN) for c in choice[len(arrays) :])
+    forms = [replace(form, joined=high is not None) for form, high in zip(forms, told)]
     return Plan(tuple(forms), planes_forms, written, states_for(bits, freight), tuple(segments))
 
 

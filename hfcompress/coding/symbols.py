@@ -31,13 +31,15 @@ class Form:
     """How an array is coded: value = center + high · 2^shift + low, low in `shift` plain bits, high by a table.
 
     table: number of a frequency table; CONTEXTS: by the tables of contexts, with `prior` (see contexts.Grid);
-    PLAIN: not in the stream (an empty array, or a plane of bytes stored as it is).
+    PLAIN: not in the stream (an empty array, or a plane of bytes stored as it is). joined: what has been decoded is all
+    but the lowest bit, which a trellis tells (see trellis.join).
     """
 
     table: int
     shift: int = 0
     center: int = 0
     prior: int = 0
+    joined: bool = False
 
 
 CONTEXTS, PLAIN = -1, -2

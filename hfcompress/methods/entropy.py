@@ -28,6 +28,7 @@ from torch import Tensor
 
 from hfcompress.coding import Symbols
 from hfcompress.density import Family, Table, code_length, pieces, slopes_, start, tabulate
+from hfcompress.dependent import dependent_codes
 from hfcompress.errors import ConfigError, FormatError
 from hfcompress.reparameterization import Description, Latents, Reparameterization, Slot, array_in, symbols_in
 
@@ -118,6 +119,20 @@ class EntropyPenalized(Reparameterization):
         if not ((step >= _STEP_RANGE[0]) & (step <= _STEP_RANGE[1])).all():
             raise FormatError("'step' holds numbers that are not positive and finite")
         return {"codes": torch.from_numpy(codes.copy()).view(-1, len(step)), "step": step}
+
+    def on_dependent_grid(self, latents: Latents, step: float) -> Latents:
+        """For weights that are stored without training: latents on a grid of which a trellis opens every other point.
+
+        step: the distance of open points, relative to the weights' size. They are near `latents` as `init` gives them;
+        which of them, the bits decide too (`dependent`). Float32, which holds step · code exactly.
+        """
+        least = latents["weight"].detach().abs().max().double() / LIMIT
+        log_step = torch.maximum(latents["log_step"].detach() + math.log(step / 2 / self.step), least.log().float())
+        grid = _step(log_step)
+        places = (latents["weight"].detach().float().view(-1, len(grid)) / grid).flatten()
+        codes = torch.from_numpy(dependent_codes(places.cpu().numpy(), LIMIT)).to(places.device)
+        weight = (codes.view(-1, len(grid)) * grid).view(latents["weight"].shape)
+        return {**latents, "weight": weight, "log_step": log_step}
 
     def _basis(self, slot: Slot, device: torch.device) -> Tensor | None:
         """[H·W, H·W], or None where a slot is not transformed."""
