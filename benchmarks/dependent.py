@@ -1,15 +1,16 @@
-"""Bytes at equal weight error: a uniform grid in our file's coder, beside NNCodec's dependent (trellis) quantization.
+"""Bytes at equal weight error: our grids in our file's coder, beside NNCodec's dependent (trellis) quantization.
 
     python benchmarks/dependent.py WEIGHTS.safetensors … --nncodec PYTHON [--qp -16 -20 -24 -28]
 
 NNCodec quantizes every array of two axes or more at the parameter `qp`; its bytes are those of the whole bitstream.
-Ours has one step for all arrays, such that the squared error is the same; bytes of streams and tables. PYTHON: an
-interpreter with `pip install nncodec`.
+Ours have one step for all arrays, such that the squared error is the same: a uniform grid, each weight rounded, and the
+dependent one of `hfcompress compress`; bytes of streams and tables. PYTHON: an interpreter with `pip install nncodec`.
 """
 
 import argparse
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,8 @@ from coder import measure, row
 from safetensors.numpy import load_file
 
 from hfcompress.coding import Symbols
+from hfcompress.dependent import dependent_codes
+from hfcompress.methods.entropy import LIMIT
 
 _NNCODEC = """
 import sys
@@ -43,15 +46,22 @@ def of_nncodec(python: str, weights: dict[str, np.ndarray], qps: list[int]) -> d
     return {int(qp): (int(size), float(error)) for qp, size, error in rows}
 
 
-def ours(weights: list[np.ndarray], error: float) -> int:
-    """Bytes on the grid whose squared error is `error`."""
+def rounded(w: np.ndarray, step: float) -> np.ndarray:
+    return np.rint(w / step).astype(np.int32)
+
+
+def dependent(w: np.ndarray, step: float) -> np.ndarray:
+    return dependent_codes((w / step).astype(np.float32).reshape(-1), LIMIT).reshape(w.shape)
+
+
+def ours(weights: list[np.ndarray], error: float, put: Callable[[np.ndarray, float], np.ndarray]) -> int:
+    """Bytes on the grid, on which `put` puts weights, whose squared error is `error`."""
     low, high = -20.0, 10.0
-    for _ in range(40):
+    while high - low > 1e-4:
         middle = (low + high) / 2
-        found = sum(((np.rint(w / 2**middle) * 2**middle - w) ** 2).sum() for w in weights)
+        found = sum(((put(w, 2**middle) * 2**middle - w) ** 2).sum() for w in weights)
         low, high = (middle, high) if found < error else (low, middle)
-    given = [Symbols(np.rint(w / 2**low).astype(np.int32).reshape(-1), w.shape) for w in weights]
-    return measure(given)[0]
+    return measure([Symbols(put(w, 2**low).reshape(-1), w.shape) for w in weights])[0]
 
 
 def main() -> None:
@@ -60,8 +70,8 @@ def main() -> None:
     parser.add_argument("--nncodec", required=True)
     parser.add_argument("--qp", type=int, nargs="+", default=[-16, -20, -24, -28])
     options = parser.parse_args()
-    row("weights of", "qp", "signal to error", "NNCodec, dependent", "hfcompress, uniform", "")
-    row(*["---"] * 6)
+    row("weights of", "qp", "signal to error", "NNCodec, dependent", "hfcompress, uniform", "", "dependent", "")
+    row(*["---"] * 8)
     for path in options.weights:
         weights = {k: v for k, v in load_file(path).items() if v.ndim > 1 and v.dtype == np.float32}
         wide = [w.astype(np.float64) for w in weights.values()]
@@ -69,10 +79,10 @@ def main() -> None:
         sizes = of_nncodec(options.nncodec, weights, options.qp)
         for qp in options.qp:
             size, error = sizes[qp]
-            mine = ours(wide, error)
-            bits = [f"{8 * n / count:.3f} bits" for n in (size, mine)]
-            over = f"{100 * (mine / size - 1):+.1f} %"
-            row(Path(path).stem, str(qp), f"{10 * np.log10(power / error):.1f} dB", *bits, over)
+            cells = [f"{8 * size / count:.3f} bits"]
+            for mine in (ours(wide, error, rounded), ours(wide, error, dependent)):
+                cells += [f"{8 * mine / count:.3f} bits", f"{100 * (mine / size - 1):+.1f} %"]
+            row(Path(path).stem, str(qp), f"{10 * np.log10(power / error):.1f} dB", *cells)
 
 
 if __name__ == "__main__":

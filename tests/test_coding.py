@@ -211,8 +211,8 @@ def test_the_coder_at_any_number_of_states(n: int, states: int, k: int, seed: in
 
 def test_states_cost_little() -> None:
     """And those that carry something are cheaper."""
-    assert [states_for(bits, 0) for bits in (0, 1e5, 1e6, 1e12)] == [1, 1, 8, 1 << 14]
-    assert [states_for(bits, 10**6) for bits in (0, 1e5, 1e6, 1e12)] == [1, 2, 16, 1 << 14]
+    assert [states_for(bits, 0) for bits in (0, 1e5, 1e6, 1e12)] == [1, 1, 16, 1 << 14]
+    assert [states_for(bits, 10**6) for bits in (0, 1e5, 1e6, 1e12)] == [1, 4, 32, 1 << 14]
 
 
 def test_classes_are_read_as_written() -> None:

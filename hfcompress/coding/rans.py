@@ -34,12 +34,12 @@ except ImportError:  # numba is not installed: the same bytes, more slowly
 
 
 def states_for(bits: float, freight: int) -> int:
-    """How many states a stream of about `bits` is worth, at 0.025 % of it in all.
+    """How many states a stream of about `bits` is worth, at 0.04 % of it in all.
 
     A state costs 3 bytes, less the 2 that it carries while there are `freight` bytes to carry.
     """
     states = 1
-    while states < MAX_STATES and 48 * states - 8 * min(4 * states, freight) <= bits / 4000:
+    while states < MAX_STATES and 48 * states - 8 * min(4 * states, freight) <= bits / 2500:
         states *= 2
     return states
 
