@@ -1,6 +1,6 @@
 """What compression costs while training: step time, generate() time, memory; and how near its limit the file is.
 
-    python benchmarks/overhead.py [--rounds 30]
+    python benchmarks/overhead.py [--rounds 30] [--only steps]
 
 Ratios of medians from interleaved runs in one process (memory: one process each). The machine should be quiet. The
 plain side is transformers' own trainer, untouched.
@@ -30,24 +30,30 @@ from transformers import (
     TrainingArguments,
 )
 
-from hfcompress import (
-    CompressionTrainer,
-    Compressor,
-    Dense,
-    Kind,
-    Rule,
-    Seq2SeqCompressionTrainer,
-    Uniform,
-    checkpoint,
-    zoo,
-)
+from hfcompress import CompressionTrainer, Compressor, Kind, Rule, Seq2SeqCompressionTrainer, checkpoint, zoo
 from hfcompress.coding import Symbols
+from hfcompress.methods import Dense, EntropyPenalized, Levels, Magnitude, MultiHash, SoftThreshold, Uniform
+from hfcompress.reparameterization import Reparameterization
+from hfcompress.schema import Compression
 from hfcompress.teacher import freeze
 
-EVERY_WEIGHT = [
-    Rule(method=Uniform(bits=4, bucket=256), kinds=(Kind.LINEAR, Kind.EMBEDDING, Kind.CONV)),
-    Rule(method=Dense()),
-]
+MATRICES = (Kind.LINEAR, Kind.EMBEDDING, Kind.CONV)
+RATE = 0.1  # of the methods whose bits are part of the loss
+METHODS: dict[str, Reparameterization] = {
+    "uniform": Uniform(bits=4, bucket=256),
+    "levels": Levels(points=16, bucket=256),
+    "entropy penalized": EntropyPenalized(),
+    "entropy penalized, dft": EntropyPenalized(transform="dft"),
+    "soft threshold": SoftThreshold(),
+    "magnitude": Magnitude(),
+    "multi-hash": MultiHash(fraction=0.1),
+}
+
+
+def compression(name: str) -> Compression:
+    """Every matrix and kernel by that method."""
+    rate = RATE if isinstance(METHODS[name], EntropyPenalized | SoftThreshold) else 0.0
+    return Compression(rules=(Rule(method=METHODS[name], kinds=MATRICES), Rule(method=Dense())), rate_weight=rate)
 
 
 def row(*cells: str) -> None:
@@ -145,18 +151,24 @@ def step_time(name: str, rounds: int) -> None:
 
     sides = {
         "plain": stepper(stock(model=build(), args=arguments), batch),
-        "4 bit": stepper(ours(model=build(), args=arguments, compression=EVERY_WEIGHT), batch),
         "teacher": teach,
+        **{
+            method: stepper(ours(model=build(), args=arguments, compression=compression(method)), batch)
+            for method in METHODS
+            if not (text and "dft" in method)
+        },
     }
     found = interleaved(sides, rounds)
-    ratio, taught = found["4 bit"] / found["plain"], found["teacher"] / found["plain"]
-    row(f"step, {name}", f"{ratio:.3f} × plain", "≤ 1.05", f"a teacher of the same size adds {taught:.2f} ×")
+    for method in [side for side in sides if side != "plain"]:
+        bound = "" if method == "teacher" else "≤ 1.05" if method == "uniform" else "≤ 1.15"
+        what = "a teacher of the same size, forward" if method == "teacher" else f"step, {method}"
+        row(f"{what}, {name}", f"{found[method] / found['plain']:.3f} × plain", bound, "")
 
 
 def generate_time(rounds: int) -> None:
     plain, trained = marian().eval(), marian().eval()
     arguments = Seq2SeqTrainingArguments(tempfile.mkdtemp(), use_cpu=True, report_to=[], dataloader_pin_memory=False)
-    trainer = Seq2SeqCompressionTrainer(model=trained, args=arguments, compression=EVERY_WEIGHT)
+    trainer = Seq2SeqCompressionTrainer(model=trained, args=arguments, compression=compression("uniform"))
     ids = sentences()["input_ids"][:8]
 
     def generate(model: PreTrainedModel) -> Callable[[], None]:
@@ -175,13 +187,15 @@ def generate_time(rounds: int) -> None:
 
 def memory() -> None:
     peaks = {}
-    for side in ("plain", "4 bit"):
+    for side in ("plain", *METHODS):
         done = subprocess.run([sys.executable, __file__, "--peak", side], capture_output=True, text=True, check=True)
         peaks[side] = json.loads(done.stdout.splitlines()[-1])
     weights = peaks["plain"]["weights"]
-    copies = (peaks["4 bit"]["peak"] - peaks["plain"]["peak"]) / weights
-    note = f"{peaks['plain']['peak'] / 1e6:.0f} MB plain"
-    row(f"peak memory, Marian {weights / 4e6:.0f} M", f"+ {copies:.2f} copies of the weights", "≤ 2", note)
+    for side in METHODS:
+        copies = (peaks[side]["peak"] - peaks["plain"]["peak"]) / weights
+        bound = "≤ 2" if side == "uniform" else "≤ 3"
+        note = f"{peaks['plain']['peak'] / 1e6:.0f} MB plain"
+        row(f"peak memory, {side}, Marian {weights / 4e6:.0f} M", f"+ {copies:.2f} copies of the weights", bound, note)
 
 
 def peak(side: str) -> None:
@@ -191,7 +205,7 @@ def peak(side: str) -> None:
     trainer = (
         Seq2SeqTrainer(model=model, args=arguments)
         if side == "plain"
-        else Seq2SeqCompressionTrainer(model=model, args=arguments, compression=EVERY_WEIGHT)
+        else Seq2SeqCompressionTrainer(model=model, args=arguments, compression=compression(side))
     )
     step = stepper(trainer, {name: tensor[:2] for name, tensor in sentences().items()})
     for _ in range(3):
@@ -202,7 +216,7 @@ def peak(side: str) -> None:
 
 def file_size() -> None:
     for name, model in (("Marian 256, 3+3", marian()), ("ResNet-20", resnet20())):
-        compressor = Compressor(model, [Rule(method=Uniform(bits=4), kinds=(Kind.LINEAR, Kind.EMBEDDING, Kind.CONV))])
+        compressor = Compressor(model, [Rule(method=Uniform(bits=4), kinds=MATRICES)])
         folder = tempfile.mkdtemp()
         total = checkpoint.save(model, folder, compressor).total
         limit = 0.0
@@ -219,7 +233,8 @@ def file_size() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--peak", choices=("plain", "4 bit"))
+    parser.add_argument("--only", default="", help="of: steps, Marian; steps, ResNet-20; generate(); memory; file")
+    parser.add_argument("--peak", choices=("plain", *METHODS))
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.peak:
@@ -227,11 +242,16 @@ def main() -> None:
         return
     row("what", "measured", "bound", "")
     row("---", "---", "---", "---")
-    step_time("Marian 256, 3+3, 64 × 24 tokens", options.rounds)
-    step_time("ResNet-20, batch 128", options.rounds)
-    generate_time(options.rounds)
-    memory()
-    file_size()
+    parts: dict[str, Callable[[], None]] = {
+        "steps, Marian": lambda: step_time("Marian 256, 3+3, 64 × 24 tokens", options.rounds),
+        "steps, ResNet-20": lambda: step_time("ResNet-20, batch 128", options.rounds),
+        "generate()": lambda: generate_time(options.rounds),
+        "memory": memory,
+        "file": file_size,
+    }
+    for name, part in parts.items():
+        if options.only in name:
+            part()
 
 
 if __name__ == "__main__":
