@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 
 from hfcompress.errors import FormatError, IntegrityError
 
@@ -23,13 +24,14 @@ def unseal(data: bytes | memoryview) -> memoryview:
     """
     view = memoryview(data)
     length = int.from_bytes(view[:8], "little")
-    if len(view) < 8 or len(view) - 8 < length:
-        raise FormatError("not a whole safetensors file: truncated, or not a compressed file")
-    if length > MAX_HEADER:
+    if len(view) >= 8 and length > MAX_HEADER:
         raise FormatError("its header is longer than any that hfcompress writes: not a compressed file")
+    if len(view) < 8 + length:
+        promised = "fewer than any file has" if len(view) < 8 else f"its header alone promises {8 + length:,}"
+        raise FormatError(f"truncated, or not a compressed file: {len(view):,} bytes were found, {promised}")
     content = view[8 + length :]
     if view[: 8 + length] != _header(len(content)):
-        _explain(bytes(view[8 : 8 + length]))
+        _explain(bytes(view[: 8 + length]), len(view))
     if hashlib.sha256(content[_DIGEST:]).digest() != content[:_DIGEST]:
         raise IntegrityError("its bytes are not those that were written (sha256 differs): download it again")
     return content[_DIGEST:]
@@ -43,10 +45,10 @@ def _header(size: int) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _explain(header: bytes) -> None:
-    """Raises what is wrong with a header that is not as expected."""
+def _explain(header: bytes, found: int) -> None:
+    """Raises what is wrong with a file of `found` bytes whose header, its length before it, is not as expected."""
     try:
-        names = [name for name in json.loads(header) if name != "__metadata__"]
+        names = [str(name) for name in json.loads(header[8:]) if name != "__metadata__"]
     except (TypeError, ValueError, RecursionError) as error:
         raise FormatError(f"not a safetensors file ({error}): damaged, or not a compressed file") from error
     form, _, version = names[0].rpartition("-") if len(names) == 1 else ("", "", "")
@@ -54,4 +56,11 @@ def _explain(header: bytes) -> None:
         raise FormatError(f"a safetensors file, but not one that hfcompress wrote (its one array would be '{_NAME}')")
     if version != str(VERSION):
         raise FormatError(f"format version {version}, this package reads version {VERSION}: upgrade hfcompress")
-    raise IntegrityError("the file's header is not as it was written: truncated or damaged, download it again")
+    size = re.search(rb'"shape":\[(\d{1,19})\]', header)
+    if size is None or header != _header(int(size[1])):
+        raise IntegrityError("the file's header is not as it was written: damaged, download it again")
+    promised = len(header) + int(size[1])
+    told = f"{found:,} bytes were found, its header promises {promised:,}: download it again"
+    if found < promised:
+        raise FormatError(f"truncated: {told}")
+    raise IntegrityError(f"something was added to it: {told}")

@@ -1,7 +1,7 @@
 """A second reader of format 1, written from docs/format.md with plain loops: the promise that files stay readable.
 
-It imports nothing of the package. `parts(data)` gives every part of a file, `tensors(data)` the weights of the methods
-uniform and dense and all raw tensors.
+It imports nothing of the package. `parts(data)` gives each part of a file, `tensors(data)` its weights and raw tensors;
+how the parts of each method become weights is in reference_methods.py.
 """
 
 import hashlib
@@ -13,6 +13,7 @@ from math import prod
 from typing import Any
 
 import numpy as np
+import reference_methods
 
 TYPES = ("symbols", "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 SIZES = (0, 8, 4, 2, 2, 8, 4, 2, 1, 1, 1)
@@ -81,7 +82,7 @@ def read_index(packed: bytes, dictionary: bytes) -> dict[str, Any]:
     shapes = [source.column(axes) for axes in source.column(n_slots + n_raw)]
     source.column(n_slots + n_raw)  # kinds
     dtypes, of_method, of_layout = source.column(n_slots), source.column(n_slots), source.column(n_slots)
-    source.column(2 * n_slots)  # offsets and totals, for methods that want them
+    places = read_places(source, of_method, [prod(shape) for shape in shapes[:n_slots]])
     raw_types = source.column(n_raw)
     parts, mentions = [], []
     for i, shape in enumerate(shapes):
@@ -106,11 +107,23 @@ def read_index(packed: bytes, dictionary: bytes) -> dict[str, Any]:
             methods[of_method[i]],
             [n for n, _ in layouts[of_layout[i]]],
             mentions[i],
+            places[i],
         )
         for i in range(n_slots)
     ]
     raw = [(names[i], shapes[i], mentions[i][0]) for i in range(n_slots, n_slots + n_raw)]
     return {"tool": tool, "states": 1 << log_states, "parts": parts, "slots": slots, "raw": raw}
+
+
+def read_places(source: Numbers, of_method: list[int], counts: list[int]) -> list[tuple[int, int]]:
+    """Each slot's offset in its group, and how many weights the group has."""
+    places: list[tuple[int, int]] = []
+    expected = {m: (0, sum(n for n, own in zip(counts, of_method) if own == m)) for m in of_method}
+    for method, count in zip(of_method, counts):
+        offset, total = (of + source.signed() for of in expected[method])
+        places.append((offset, total))
+        expected[method] = offset + count, total
+    return places
 
 
 def read_count(source: Numbers, weights: int) -> int:
@@ -299,20 +312,10 @@ def read_low(stream: Stream, part: dict[str, Any], high: list[int]) -> list[int]
 
 
 def tensors(data: bytes, dictionary: bytes) -> dict[str, np.ndarray]:
-    """Weights as float32, and raw tensors as their bits."""
+    """All tensors; those of bfloat16 and bool as their bits."""
     index, values = parts(data, dictionary)
     found = {name: values[part].reshape(shape) for name, shape, part in index["raw"]}
-    for name, shape, _, method, names, numbers in index["slots"]:
+    for name, shape, dtype, method, names, numbers, place in index["slots"]:
         given = dict(zip(names, (values[n] for n in numbers)))
-        if "dense" in method:
-            found[name] = given["weight"].astype(np.float32).reshape(shape)
-        elif "uniform" in method:
-            bucket = method["uniform"]["bucket"] or max(prod(shape), 1)
-            which = np.arange(prod(shape)) // bucket
-            codes, step = given["codes"].astype(np.float32), given["step"].astype(np.float32)[which]
-            if "zero" in given:
-                weight = (codes - given["zero"].astype(np.float32)[which]) * step
-            else:
-                weight = codes * step + given["low"].astype(np.float32)[which]
-            found[name] = weight.reshape(shape)
+        found[name] = reference_methods.weight(shape, dtype, method, given, *place)
     return found

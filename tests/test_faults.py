@@ -93,6 +93,17 @@ def test_truncation_at_every_length() -> None:
         assert [n for n in range(len(data)) if accepted(data[:n])] == []
 
 
+def test_a_truncated_file_says_how_much_is_there() -> None:
+    data, header = small(), 8 + int.from_bytes(small()[:8], "little")
+    for n in range(len(data)):
+        promised = f"header promises {len(data):,}" if n >= header else f"header alone promises {header}"
+        told = promised if n >= 8 else "fewer than any file has"
+        with pytest.raises(FormatError, match=f"^truncated.*: {n:,} bytes were found, .*{told}"):
+            Reader(data[:n])
+    with pytest.raises(IntegrityError, match=f"added to it: {len(data) + 3:,} bytes were found, .* {len(data):,}:"):
+        Reader(data + b"abc")
+
+
 def test_every_single_bit_of_a_small_file() -> None:
     data = small()
     assert [bit for bit in range(8 * len(data)) if accepted(flipped(data, bit))] == []

@@ -171,7 +171,9 @@ class MultiHash(Reparameterization):
         product.mul_(left[1]).mul_(right[1])
         _, _, skip = _place(slot)
         flat = product.view(-1)[skip : skip + slot.numel]
-        return flat.mul_(scale / self._top**2).add_(0.0)  # −0 + 0 = 0: a kernel may sum zeros to either
+        # by a tensor: a GPU divides by a plain number as a product with its reciprocal, which rounds twice
+        factor = scale / torch.full_like(scale, self._top**2)
+        return flat.mul_(factor).add_(0.0)  # −0 + 0 = 0: a kernel may sum zeros to either
 
 
 class _Cut(torch.autograd.Function):
