@@ -96,7 +96,7 @@ def read_index(packed: bytes, dictionary: bytes) -> dict[str, Any]:
     for part in parts:
         part["tables"] = [n - 2 for n in source.column(SIZES[TYPES.index(part["type"])] or 1)]
     for part in parts:
-        part["shift"] = source.number() if part["type"] == "symbols" else 0
+        part["joined"], part["shift"] = divmod(source.number() if part["type"] == "symbols" else 0, 14)
     for part in parts:
         part["center"], part["prior"] = (source.signed(), source.number()) if part["tables"] == [-1] else (0, 0)
     slots = [
@@ -308,7 +308,19 @@ def read_low(stream: Stream, part: dict[str, Any], high: list[int]) -> list[int]
     shift = part["shift"]
     even = (0, [16384 >> shift] * (1 << shift))
     low = [stream.symbol(even) for _ in high] if shift else [0] * len(high)
-    return [(h << shift) + b + part["center"] for h, b in zip(high, low)]
+    whole = [(h << shift) + b + part["center"] for h, b in zip(high, low)]
+    return join(whole) if part["joined"] else whole
+
+
+def join(high: list[int]) -> list[int]:
+    lowest: list[int] = []
+    for t, h in enumerate(high):
+        if t % 1008 == 0:
+            one = two = three = before = 0
+        one, two, three = two ^ three ^ (before % 2), one, two
+        lowest.append(one)
+        before = h
+    return [2 * h + q for h, q in zip(high, lowest)]
 
 
 def tensors(data: bytes, dictionary: bytes) -> dict[str, np.ndarray]:

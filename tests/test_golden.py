@@ -17,6 +17,7 @@ import torch
 
 from hfcompress.coding import Symbols, rans
 from hfcompress.coding.symbols import CONTEXTS, PLAIN
+from hfcompress.coding.trellis import join
 from hfcompress.container import Reader, Writer
 from hfcompress.methods import Dense, EntropyPenalized, Levels, Magnitude, MultiHash, SoftThreshold, Uniform
 from hfcompress.packing import COMMON
@@ -150,6 +151,20 @@ def penalized(writer: Writer, transform: str) -> None:
     fill(writer, slots)
 
 
+def dependent(writer: Writer) -> None:
+    """Codes whose lowest bit a trellis tells: with tables, with contexts, with low bits of their own."""
+    generator = np.random.default_rng(16)
+    step = (np.ones(1, dtype=np.float32) / 64).view(np.uint32)[:1] >> 16
+    slots: Slots = []
+    for shape, top in (((40, 40), 3), ((16, 16, 3, 3), 40), ((24, 100), 3000), ((7, 3), 2)):
+        high = peaked(generator, prod(shape), top).reshape(shape)
+        if len(shape) == 4:
+            high = high * generator.integers(1, 9, (shape[0], 1, 1, 1)) ** 2 // 40
+        codes = join(high.astype(np.int32).reshape(-1))
+        slots.append((EntropyPenalized(), shape, {"codes": symbols(codes), "step": step.astype(np.int16)}))
+    fill(writer, slots)
+
+
 def thresholds(writer: Writer) -> None:
     """Weights pruned by learned thresholds and by size, their survivors as numbers or in 3 and 6 bits."""
     generator = np.random.default_rng(14)
@@ -196,6 +211,7 @@ FILES: dict[str, Callable[[Writer], None]] = {
     "levels": levels,
     "penalized": lambda w: penalized(w, "none"),
     "penalized_dft": lambda w: penalized(w, "dft"),
+    "dependent": dependent,
     "thresholds": thresholds,
     "hashes": hashes,
 }
@@ -260,6 +276,8 @@ def test_every_form_occurs() -> None:
     forms = [(p.type, f) for name in FILES for p in Reader(load(name)).index.parts for f in p.forms]
     coded = [f for kind, f in forms if kind == "symbols"]
     assert any(f.table == CONTEXTS and f.shift for f in coded) and any(f.table >= 0 and f.shift for f in coded)
+    joined = [f for f in coded if f.joined]
+    assert {f.table == CONTEXTS for f in joined} == {f.shift > 0 for f in joined} == {True, False}
     assert any(f.table == PLAIN for f in coded)
     assert {f.table == PLAIN for kind, f in forms if kind != "symbols"} == {True, False}
     groups = [Reader(load(name)).tables.classes for name in ("kernels", "matrices")]
