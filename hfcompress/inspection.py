@@ -8,21 +8,28 @@ from rich.table import Table
 
 from hfcompress.checkpoint import Sizes
 from hfcompress.coding import Symbols
+from hfcompress.coding.trellis import split
 from hfcompress.container import Reader
 
 
 def entropies(reader: Reader) -> dict[str, float]:
     """Tensor → bits a weight that its codes' empirical entropy comes to; tensors without codes are left out.
 
-    A static table cannot code them in fewer; one that looks at what surrounds a code can.
+    A static table cannot code them in fewer; one that looks at what surrounds a code can. Lowest bits that a trellis
+    tells do not count.
     """
     values = reader.values()
     found: dict[str, float] = {}
     for stored in reader.slots:
         coded = [value for part in stored.parts.values() if isinstance(value := values[part], Symbols)]
         if coded:
-            found[stored.slot.name] = sum(symbols.entropy() for symbols in coded) / max(stored.slot.numel, 1)
+            found[stored.slot.name] = sum(map(_entropy, coded)) / max(stored.slot.numel, 1)
     return found
+
+
+def _entropy(symbols: Symbols) -> float:
+    high = split(symbols.values)
+    return symbols.entropy() if high is None else Symbols(high).entropy()
 
 
 def record(sizes: Sizes, entropy: dict[str, float]) -> dict[str, Any]:
