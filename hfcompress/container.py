@@ -160,6 +160,7 @@ class Reader:
             if parts.read(stored.parts.values()):
                 yield stored.slot.name, decode(stored, parts.take(stored.parts))
             else:
+                parts.hold(stored.parts.values())
                 waiting.append(stored)
         parts.finish()
         for stored in waiting:

@@ -99,6 +99,15 @@ class Parts:
                 self._found[number], self.costs[number] = Symbols(values), (bits, 0)
         return ready
 
+    def hold(self, numbers: Iterable[int]) -> None:
+        """Keep what was read of these in as few bytes as it needs: it is taken only after all others."""
+        for number in numbers:
+            value = self._found.get(number)
+            if isinstance(value, Symbols) and value.values.size:
+                low, high = int(value.values.min()), int(value.values.max())
+                narrow = np.promote_types(np.min_scalar_type(min(low, -1)), np.min_scalar_type(high))
+                self._found[number] = Symbols(value.values.astype(narrow))
+
     def finish(self) -> None:
         """After all symbols were read. Raises FormatError unless everything was used."""
         freight = self._arrays.finish()
@@ -111,7 +120,8 @@ class Parts:
         """The values of these parts; each part as often as it is mentioned in the index."""
         taken = {}
         for name, number in parts.items():
-            taken[name] = self._found[number] if number in self._found else self._numbers(number)
+            value = self._found[number] if number in self._found else self._numbers(number)
+            taken[name] = Symbols(value.values.astype(np.int32, copy=False)) if isinstance(value, Symbols) else value
             self._left[number] -= 1
             if not self._left[number]:
                 self._found.pop(number, None)

@@ -114,13 +114,16 @@ class Reparameterization(ABC):
 
 
 def symbols_in(description: Description, name: str, count: int, low: int, high: int) -> NDArray[np.int32]:
-    """The `count` symbols called `name`, all within low … high. Raises FormatError: they are not there."""
+    """The `count` symbols called `name`, all within low … high: not to be changed, for they may be another's too.
+
+    Raises FormatError: they are not there.
+    """
     part = description.get(name)
     if not isinstance(part, Symbols) or part.values.size != count:
         raise FormatError(f"'{name}' is not {count} symbols")
     if count and not low <= part.values.min() <= part.values.max() <= high:
         raise FormatError(f"'{name}' holds symbols from {part.values.min()} to {part.values.max()}, not {low} … {high}")
-    return part.values
+    return np.require(part.values, requirements=("C", "W"))  # torch wants it writeable; a constant is not
 
 
 def array_in(description: Description, name: str, count: int, dtype: str) -> NDArray[Any]:

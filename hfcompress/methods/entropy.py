@@ -118,7 +118,7 @@ class EntropyPenalized(Reparameterization):
         step = torch.from_numpy(raw.copy()).view(torch.bfloat16).float()
         if not ((step >= _STEP_RANGE[0]) & (step <= _STEP_RANGE[1])).all():
             raise FormatError("'step' holds numbers that are not positive and finite")
-        return {"codes": torch.from_numpy(codes.copy()).view(-1, len(step)), "step": step}
+        return {"codes": torch.from_numpy(codes).view(-1, len(step)), "step": step}
 
     def on_dependent_grid(self, latents: Latents, step: float) -> Latents:
         """For weights that are stored without training: latents on a grid of which a trellis opens every other point.

@@ -121,7 +121,7 @@ class MultiHash(Reparameterization):
         latents: Latents = {}
         for name, part in (("left", rows), ("right", columns)):
             codes = symbols_in(description, name, n * rank, -self._top, self._top).reshape(n, rank)[part]
-            latents[f"{name}_codes"] = torch.from_numpy(codes.copy())
+            latents[f"{name}_codes"] = torch.from_numpy(codes)
             amplitude = array_in(description, f"{name}_amplitude", n, "float16")[part]
             latents[f"{name}_amplitude"] = torch.from_numpy(amplitude.astype(np.float32)).unsqueeze(1)
         scale = array_in(description, "scale", 1, "float32")

@@ -111,7 +111,7 @@ class Levels(Reparameterization):
         if (span <= 0).any():
             raise FormatError("'span' holds numbers that are not positive")
         return {
-            "codes": to_buckets(torch.from_numpy(codes.copy()), self.bucket),
+            "codes": to_buckets(torch.from_numpy(codes), self.bucket),
             "codebook": torch.from_numpy(points),
             "low": torch.from_numpy(low).unsqueeze(1),
             "span": torch.from_numpy(span).unsqueeze(1),

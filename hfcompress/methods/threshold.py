@@ -98,7 +98,7 @@ class SoftThreshold(Reparameterization):
             step = array_in(description, "step", 1, "float32")
             if step[0] < 0:
                 raise FormatError("'step' is negative")
-            return {"codes": torch.from_numpy(codes.copy()), "step": torch.from_numpy(step.copy())}
+            return {"codes": torch.from_numpy(codes), "step": torch.from_numpy(step.copy())}
         return {"values": sparse_values(description, slot)}
 
     @property

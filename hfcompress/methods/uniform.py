@@ -100,7 +100,7 @@ class Uniform(Reparameterization):
         if self.zero_point and (origin >= 2**self.bits).any():
             raise FormatError(f"'zero' holds numbers above {2**self.bits - 1}")
         origins, steps = (torch.from_numpy(s.astype(np.float32)).unsqueeze(1) for s in (origin, step))
-        return {"codes": to_buckets(torch.from_numpy(codes.copy()), self.bucket), self._origin: origins, "step": steps}
+        return {"codes": to_buckets(torch.from_numpy(codes), self.bucket), self._origin: origins, "step": steps}
 
     @property
     def _origin(self) -> str:
