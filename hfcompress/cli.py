@@ -44,7 +44,6 @@ class _Commands(TyperGroup):
 app = typer.Typer(
     cls=_Commands,
     name="hfcompress",
-    help="Compress small translation and image models while they train.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -69,6 +68,23 @@ DataRoot = Annotated[
 
 
 _DRY = "Build everything and take two steps of each training, on random images where data is not there; keep nothing."
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"hfcompress {version('hfcompress')}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Compress small translation and image models while they train."""
 
 
 class Split(StrEnum):

@@ -5,15 +5,18 @@ import math
 import os
 import pty
 import re
+import resource
 import shutil
 import signal
+import sys
 import threading
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy
 import pytest
-from commands import hfcompress, start, tree
+from commands import hfcompress, installed, start, tree
 from conftest import compress, make_model
 from datasets import Dataset
 from PIL import Image
@@ -63,8 +66,21 @@ from hfcompress import cli
 codes = [cli.main([*command.split(), "--help"]) for command in ("", *sys.argv[1:])]
 print(codes, [name for name in ("torch", "transformers", "datasets", "timm", "numpy") if name in sys.modules])
 """
-    assert run_python(code, *COMMANDS).splitlines()[-1] == f"{[0] * (1 + len(COMMANDS))} []"
+    assert run_python(code, *COMMANDS).splitlines()[-1] == f"{[0] * (2 + len(COMMANDS))} []"
 
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_and_version_come_at_once(option):
+    """In half a second of the processor's time, from the start of a fresh process."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = installed(option, program=(sys.executable, "-m", "hfcompress"))
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.code == 0 and done.err == ""
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+    if option == "--version":
+        assert done.out == f"hfcompress {version('hfcompress')}\n"
+
+codes.append(cli.main(["--version"]))
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself(command, said):
