@@ -316,10 +316,14 @@ def sentences(count: int, empty: int | None = None) -> str:
 
 
 def without_folder(folder: Path) -> None:
+    whole = file.stat().st_size
     shutil.rmtree(folder)
 
 
 def without_split(folder: Path) -> None:
+        if harm is truncated:
+            sizes = f"{file.stat().st_size:,} bytes were found, its header promises {whole:,}: download it again"
+            assert f"{file}: truncated: {sizes}" in done.err
     (folder / "test.jsonl").rename(folder / "tset.jsonl")
 
 
