@@ -157,6 +157,13 @@ def test_a_narrow_terminal_cuts_no_name(compressed, said):
     done = hfcompress(said, "inspect", compressed, COLUMNS="80")
     assert done.code == 0 and "…" not in done.out
 
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_there_is_no_compressed_file(command, said, tmp_path):
+    (tmp_path / "dense").mkdir()
+    (tmp_path / "dense" / "config.json").write_text("{}", encoding="utf-8")
+    assert f"dense holds no {FILE_NAME}: give a folder" in hfcompress(said, command, tmp_path / "dense").refusal
+
+
 
 # ------------------------------------------------------------------------------------------ evaluate
 
