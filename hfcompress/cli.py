@@ -180,20 +180,31 @@ def evaluate(
     ] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write scores and outputs here.")] = None,
 ) -> None:
-    """Score models on a recipe's test or validation split. They are loaded as plain transformers loads them."""
+    """Score models on a recipe's test or validation split. They are loaded as plain transformers loads them.
+
+    All are checked before the first is scored; what was scored is written even if a later one fails.
+    """
     from hfcompress.recipe import find, load
 
     recipes = load(find(recipe))  # before what takes seconds to import
 
+    from hfcompress.files import write_atomically
     from hfcompress.scoring import score_all
 
     if json_path is not None:
         json_path.parent.mkdir(parents=True, exist_ok=True)
-    splits = split or [Split.TEST]
-    scored = score_all(models, recipes, name, data_root, _console(stderr=True), [of.value for of in splits])
-    if json_path is not None:
-        json_path.write_text(json.dumps(scored, ensure_ascii=False, indent=1), encoding="utf-8")
-        return
+    splits = [of.value for of in split or [Split.TEST]]
+    scored: dict[str, dict[str, Any]] = {}
+    try:
+        for scored in score_all(models, recipes, name, data_root, _console(stderr=True), splits):
+            if json_path is not None:
+                write_atomically(json_path, json.dumps(scored, ensure_ascii=False, indent=1).encode())
+    finally:  # what was scored before an error is shown too
+        if json_path is None and scored:
+            _print_scores(scored)
+
+
+def _print_scores(scored: dict[str, dict[str, Any]]) -> None:
     table = Table("model", "metric", "score", "95 % interval", "rows", "signature")
     for model, found in scored.items():
         every = [found["scores"], *found.get("also", {}).values()]
