@@ -44,7 +44,6 @@ class _Commands(TyperGroup):
 app = typer.Typer(
     cls=_Commands,
     name="hfcompress",
-    help="Compress small translation and image models while they train.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -69,6 +68,23 @@ DataRoot = Annotated[
 
 
 _DRY = "Build everything and take two steps of each training, on random images where data is not there; keep nothing."
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"hfcompress {version('hfcompress')}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Compress small translation and image models while they train."""
 
 
 class Split(StrEnum):
@@ -164,20 +180,31 @@ def evaluate(
     ] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write scores and outputs here.")] = None,
 ) -> None:
-    """Score models on a recipe's test or validation split. They are loaded as plain transformers loads them."""
+    """Score models on a recipe's test or validation split. They are loaded as plain transformers loads them.
+
+    All are checked before the first is scored; what was scored is written even if a later one fails.
+    """
     from hfcompress.recipe import find, load
 
     recipes = load(find(recipe))  # before what takes seconds to import
 
+    from hfcompress.files import write_atomically
     from hfcompress.scoring import score_all
 
     if json_path is not None:
         json_path.parent.mkdir(parents=True, exist_ok=True)
-    splits = split or [Split.TEST]
-    scored = score_all(models, recipes, name, data_root, _console(stderr=True), [of.value for of in splits])
-    if json_path is not None:
-        json_path.write_text(json.dumps(scored, ensure_ascii=False, indent=1), encoding="utf-8")
-        return
+    splits = [of.value for of in split or [Split.TEST]]
+    scored: dict[str, dict[str, Any]] = {}
+    try:
+        for scored in score_all(models, recipes, name, data_root, _console(stderr=True), splits):
+            if json_path is not None:
+                write_atomically(json_path, json.dumps(scored, ensure_ascii=False, indent=1).encode())
+    finally:  # what was scored before an error is shown too
+        if json_path is None and scored:
+            _print_scores(scored)
+
+
+def _print_scores(scored: dict[str, dict[str, Any]]) -> None:
     table = Table("model", "metric", "score", "95 % interval", "rows", "signature")
     for model, found in scored.items():
         every = [found["scores"], *found.get("also", {}).values()]

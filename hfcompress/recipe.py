@@ -14,8 +14,9 @@ from hfcompress.reparameterization import Reparameterization
 from hfcompress.schema import Recipe
 from hfcompress.yaml_lines import Address, Document, Fault, Place, parse, read, refuse, write
 
-SHIPPED = Path(__file__).resolve().parent.parent / "recipes"
-"""Beside the package in a checkout; absent where the package alone is installed."""
+_PACKAGE = Path(__file__).resolve().parent
+SHIPPED = (_PACKAGE if (_PACKAGE / "recipes").is_dir() else _PACKAGE.parent) / "recipes"
+"""Inside the package where it is installed from a wheel, beside it in a checkout."""
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> list[Recipe]:
@@ -184,15 +185,16 @@ def available(folder: Path = SHIPPED) -> list[Shipped]:
 
 
 def find(name_or_path: str, folder: Path = SHIPPED) -> Path:
-    """The recipe file at this path, or the one in `folder` of this name.
+    """The recipe file at this path, or the one in `folder` of this name, which may be given as `recipes/NAME.yaml`.
 
     Raises ConfigError: there is neither.
     """
     path, named = Path(name_or_path), _named(folder)
     if path.is_file():
         return path
-    if name_or_path in named:
-        return named[name_or_path]
+    name = name_or_path.removeprefix("recipes/").removesuffix(".yaml")
+    if name in named:
+        return named[name]
     found = "a folder, not a recipe file" if path.is_dir() else "no such file"
     raise ConfigError(f"{name_or_path}: {found}, nor a shipped recipe's name{nearest(name_or_path, named)}")
 

@@ -5,25 +5,32 @@ import math
 import os
 import pty
 import re
+import resource
 import shutil
 import signal
+import sys
 import threading
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy
 import pytest
-from commands import hfcompress, start, tree
+from commands import hfcompress, installed, start, tree
 from conftest import compress, make_model
 from datasets import Dataset
 from PIL import Image
 from safetensors.numpy import save as to_bytes
 
+from hfcompress import cli
 from hfcompress.checkpoint import FILE_NAME, save
 from hfcompress.data import label_names, load_images
+from hfcompress.errors import DataError
 from hfcompress.networks import classifier
 from hfcompress.recipe import available, load
+from hfcompress.scoring import told_apart
 from hfcompress.stages import MARKER
+from hfcompress.tasks import Images
 
 COMMANDS = ("run", "sweep", "evaluate", "compress", "inspect", "verify", "export", "push", "recipes", "recipes show")
 DIGITS = """\
@@ -61,9 +68,22 @@ def test_help_needs_none_of_the_heavy_packages(run_python):
 import sys
 from hfcompress import cli
 codes = [cli.main([*command.split(), "--help"]) for command in ("", *sys.argv[1:])]
+codes.append(cli.main(["--version"]))
 print(codes, [name for name in ("torch", "transformers", "datasets", "timm", "numpy") if name in sys.modules])
 """
-    assert run_python(code, *COMMANDS).splitlines()[-1] == f"{[0] * (1 + len(COMMANDS))} []"
+    assert run_python(code, *COMMANDS).splitlines()[-1] == f"{[0] * (2 + len(COMMANDS))} []"
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_and_version_come_at_once(option):
+    """In half a second of the processor's time, from the start of a fresh process."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = installed(option, program=(sys.executable, "-m", "hfcompress"))
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.code == 0 and done.err == ""
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+    if option == "--version":
+        assert done.out == f"hfcompress {version('hfcompress')}\n"
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -137,6 +157,13 @@ def test_the_table_of_inspect_holds_whole_names(compressed, said):
     assert re.search(rf"^file .* {found['bytes']:,}$", by_folder.out.replace(" \n", "\n").rstrip(), re.M)
 
 
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_there_is_no_compressed_file(command, said, tmp_path):
+    (tmp_path / "dense").mkdir()
+    (tmp_path / "dense" / "config.json").write_text("{}", encoding="utf-8")
+    assert f"dense holds no {FILE_NAME}: give a folder" in hfcompress(said, command, tmp_path / "dense").refusal
+
+
 def test_a_narrow_terminal_cuts_no_name(compressed, said):
     done = hfcompress(said, "inspect", compressed, COLUMNS="80")
     assert done.code == 0 and "…" not in done.out
@@ -173,6 +200,53 @@ def test_evaluate_on_both_splits(digits, said):
     assert "split:validation" in found["scores"]["accuracy"]["signature"] and len(found["samples"]) == 200
     assert "split:test" in found["also"]["test"]["accuracy"]["signature"]
     assert found["samples"][0]["source"] == "validation image 0"
+
+
+def test_folders_of_one_name_are_told_apart(digits, said, tmp_path):
+    for place in ("a", "b"):
+        shutil.copytree(digits / "model [1]", tmp_path / place / "model")
+    done = hfcompress(said, "evaluate", tmp_path / "a/model", tmp_path / "b/model", "--recipe", digits / "tiny.yaml")
+    assert re.fullmatch(r"a/model: accuracy \d+\.\d\d\nb/model: accuracy \d+\.\d\d\n", done.err)
+
+
+def test_labels_are_as_long_as_need_be():
+    models = ["runs/a/student", "runs/b/student", "old/b/student", "runs/a/teacher", "me/tiny", "student", ".", "a/"]
+    labels = ["a/student", "runs/b/student", "old/b/student", "teacher", "tiny", "student", ".", "a"]
+    assert told_apart(models) == dict(zip(models, labels))
+
+
+def test_one_bad_model_is_found_before_any_is_scored(digits, said, tmp_path):
+    good, recipe = digits / "model [1]", ("--recipe", digits / "tiny.yaml")
+    (tmp_path / "unweighted").mkdir()
+    config = json.loads((good / "config.json").read_bytes())
+    (tmp_path / "unweighted" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert f"none of {FILE_NAME}" in hfcompress(said, "evaluate", good, tmp_path / "unweighted", *recipe).refusal
+    del config["quantization_config"], config["transformers_weights"]
+    (tmp_path / "unweighted" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert "none of model.safetensors" in hfcompress(said, "evaluate", good, tmp_path / "unweighted", *recipe).refusal
+    shutil.copytree(good, tmp_path / "other")
+    save(make_model("test_vit"), tmp_path / "vit")
+    shutil.copy(tmp_path / "vit" / FILE_NAME, tmp_path / "other")
+    done = hfcompress(said, "evaluate", good, tmp_path / "other", *recipe)
+    assert done.code == 3 and re.fullmatch(rf"error: {tmp_path}/other/.* is of another model: .*\n", done.err), done.err
+
+
+def test_what_was_scored_before_a_failure_is_written(digits, tmp_path, monkeypatch, capsys):
+    first, second, whole = digits / "model [1]", tmp_path / "second", Images.score
+
+    def fails_later(self, model, *given):
+        if model == str(second):
+            raise DataError("the test's own")
+        return whole(self, model, *given)
+
+    monkeypatch.setattr(Images, "score", fails_later)
+    shutil.copytree(first, second)
+    asked = ["evaluate", str(first), str(second), "--recipe", str(digits / "tiny.yaml")]
+    assert cli.main(asked) == 2
+    said = capsys.readouterr()
+    assert "error: the test's own" in said.err and re.search(r"accuracy +│ +\d+\.\d\d ", said.out)
+    assert cli.main([*asked, "--json", str(tmp_path / "scores")]) == 2
+    assert list(json.loads((tmp_path / "scores").read_bytes())) == [str(first)] and capsys.readouterr().out == ""
 
 
 def test_on_a_terminal_there_is_a_bar(digits, said):
@@ -242,10 +316,14 @@ def test_a_corrupt_file(harm, digits, said, tmp_path):
     folder = tmp_path / "harmed"
     shutil.copytree(digits / "model [1]", folder)
     file = folder / FILE_NAME
+    whole = file.stat().st_size
     file.write_bytes(harm(file.read_bytes()))
     for command in (("inspect", folder), ("evaluate", folder, "--recipe", digits / "tiny.yaml")):
         done = hfcompress(said, *command)
         assert done.code == 3 and done.err.count("\n") == 1 and done.err.startswith(f"error: {file}: "), done.err
+        if harm is truncated:
+            sizes = f"{file.stat().st_size:,} bytes were found, its header promises {whole:,}: download it again"
+            assert f"{file}: truncated: {sizes}" in done.err
 
 
 # ------------------------------------------------------------------------------------------ the user's mistakes: 2

@@ -1,6 +1,7 @@
 """Recipes: read, overridden, written back; the ones that are shipped."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -234,7 +235,7 @@ def test_available_lists_even_what_is_broken(tmp_path: Path) -> None:
 def test_find_takes_a_path_or_a_name(tmp_path: Path) -> None:
     path = written(tmp_path, DIGITS)
     assert find(str(path), tmp_path / "absent") == path
-    assert find("r", tmp_path) == path
+    assert find("r", tmp_path) == path == find("recipes/r.yaml", tmp_path)
     for asked, message in [
         ("rr", "rr: no such file, nor a shipped recipe's name; the nearest is 'r'"),
         ("../r", "../r: no such file, nor a shipped recipe's name; there are r"),
@@ -252,3 +253,37 @@ def test_transformers_is_imported_only_to_check_its_fields(tmp_path: Path) -> No
         "load(path, ['training.bf16=true']); assert 'transformers' in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, str(written(tmp_path, DIGITS))], check=True)
+
+
+def test_a_wheel_holds_the_recipes_and_finds_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Built as setuptools builds a wheel's files, without network."""
+    setuptools = pytest.importorskip("setuptools")
+    root, before = SHIPPED.parent, {recipe.name: recipe.path for recipe in available()}
+    monkeypatch.chdir(root)
+    distribution = setuptools.Distribution({"script_name": "setup.py"})
+    distribution.parse_config_files()
+    distribution.include_package_data = False  # what the manifest adds, for which files would be written here
+    build = distribution.get_command_obj("build_py")
+    build.build_lib = str(tmp_path)
+    build.ensure_finalized()
+    build.run()
+    held = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    package = [path for path in (root / "hfcompress").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    recipes = {f"hfcompress/recipes/{name}.yaml" for name in before}
+    assert held == recipes | {path.relative_to(root).as_posix() for path in package}
+
+    code = "from hfcompress.recipe import SHIPPED, available, command_line, find; print(SHIPPED);"
+    code += (
+        "print(*(r.name for r in available())); print(command_line('run', find('recipes/quickstart.yaml'), [], None))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path.parent,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+    where, names, command = done.stdout.splitlines()
+    assert Path(where) == tmp_path / "hfcompress" / "recipes" and names.split() == [*before]
+    assert command == "hfcompress run recipes/quickstart.yaml"
