@@ -14,11 +14,29 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import TimmWrapperImageProcessor
 
-from hfcompress.data import with_images
+from hfcompress.decoding import with_images
 from hfcompress.pictures import mode_of
 
 AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 _TRIES = 10
+
+
+class ResizedCrop:
+    """PIL image → float32 [channels, height, width]: a part of it, drawn, scaled and normalised as `processor` does."""
+
+    def __init__(self, processor: TimmWrapperImageProcessor) -> None:
+        _, self._height, self._width = processor.data_config["input_size"]
+        self._mean, self._std = (
+            torch.tensor(processor.data_config[name], dtype=torch.float32).view(-1, 1, 1) for name in ("mean", "std")
+        )
+
+    def __call__(self, image: PIL.Image.Image, generator: np.random.Generator) -> Tensor:
+        left, top, width, height = part_of(image.size, generator)
+        box = (left, top, left + width, top + height)
+        cut = image.resize((self._width, self._height), PIL.Image.Resampling.BICUBIC, box=box)
+        pixels = torch.from_numpy(np.asarray(cut, dtype=np.float32) / 255)
+        pixels = pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
+        return (pixels - self._mean) / self._std
 
 
 class ResizedCrops(torch.utils.data.Dataset[dict[str, Any]]):
@@ -31,10 +49,7 @@ class ResizedCrops(torch.utils.data.Dataset[dict[str, Any]]):
 
     def __init__(self, split: Dataset, processor: TimmWrapperImageProcessor, seed: int) -> None:
         self.seed, self.epoch = seed, 0
-        _, self._height, self._width = processor.data_config["input_size"]
-        self._mean, self._std = (
-            torch.tensor(processor.data_config[name], dtype=torch.float32).view(-1, 1, 1) for name in ("mean", "std")
-        )
+        self._cut = ResizedCrop(processor)
         mode = mode_of(processor)
         self._images = with_images(split, lambda image: image.convert(mode))
 
@@ -48,17 +63,9 @@ class ResizedCrops(torch.utils.data.Dataset[dict[str, Any]]):
         """Several rows in one go, as torch's DataLoader asks for them."""
         found = self._images[list(rows)]
         return [
-            {"pixel_values": self._cut(image, row), "labels": label}
+            {"pixel_values": self._cut(image, np.random.default_rng((self.seed, self.epoch, row))), "labels": label}
             for image, label, row in zip(found["pixel_values"], found["labels"], rows)
         ]
-
-    def _cut(self, image: PIL.Image.Image, row: int) -> Tensor:
-        left, top, width, height = part_of(image.size, np.random.default_rng((self.seed, self.epoch, row)))
-        box = (left, top, left + width, top + height)
-        cut = image.resize((self._width, self._height), PIL.Image.Resampling.BICUBIC, box=box)
-        pixels = torch.from_numpy(np.asarray(cut, dtype=np.float32) / 255)
-        pixels = pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
-        return (pixels - self._mean) / self._std
 
 
 def part_of(size: tuple[int, int], generator: np.random.Generator) -> tuple[int, int, int, int]:

@@ -6,7 +6,6 @@ In train, pairs with a gap are left out, and their number is logged.
 
 import logging
 import random
-import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -14,7 +13,6 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import PIL.Image
 from datasets import ClassLabel, Dataset, Image, concatenate_datasets
 
 from hfcompress import corpora
@@ -25,10 +23,8 @@ from hfcompress.sources import no_progress_bars, read_hub, read_split
 logger = logging.getLogger(__name__)
 
 HELD_OUT_SEED = 0  # the same rows are held out whatever the recipe's seed
-BROKEN_IMAGE = (  # what PIL's decoders raise
-    *(OSError, SyntaxError, ValueError, TypeError, RuntimeError, LookupError, EOFError, struct.error),
-    PIL.Image.DecompressionBombError,
-)
+
+Read = Callable[[str], Dataset]
 
 
 @dataclass(frozen=True)
@@ -40,13 +36,13 @@ class Splits:
     test: Dataset
 
 
-def load_translation(data: TranslationData, data_root: Path | None = None) -> Splits:
-    """Sentence pairs; `data_root` is the folder that holds `data.folder`.
+def load_translation(data: TranslationData, data_root: Path | None = None, read: Read | None = None) -> Splits:
+    """Sentence pairs; `data_root` is the folder that holds `data.folder`. read: in place of reading from there.
 
     A split whose languages are columns themselves needs no `data.column`. Raises DataError where a split,
     column or language is missing, a split is empty, or validation or test has gaps.
     """
-    read = _reader(data, data_root)
+    read = read or reader(data, data_root)
 
     def pairs(split: str, rows: int | None = None) -> Dataset:
         return _first(_pairs(read(split), data, split), rows)
@@ -54,18 +50,18 @@ def load_translation(data: TranslationData, data_root: Path | None = None) -> Sp
     train = _without_gaps(pairs(data.train, data.train_rows), data.train)
     test = _complete(pairs(data.test, data.test_rows), data.test)
     if data.validation is not None:
-        return Splits(train, _complete(pairs(data.validation), data.validation), test)
+        return Splits(train, _complete(pairs(data.validation, data.validation_rows), data.validation), test)
     return Splits(*_hold_out(train, data, _values(train, "source")), test)
 
 
-def load_images(data: ImageData, data_root: Path | None = None) -> Splits:
-    """Labelled images; `data_root` is the folder that holds `data.folder`.
+def load_images(data: ImageData, data_root: Path | None = None, read: Read | None = None) -> Splits:
+    """Labelled images; `data_root` is the folder that holds `data.folder`. read: in place of reading from there.
 
     Labels may be a ClassLabel, integers from 0, or names (then sorted); train's classes hold for all splits.
     Raises DataError where a split or column is missing, a split is empty, or a label is missing or out of
-    range. Images are not decoded here; `with_images` names the row of a broken one.
+    range. Images are not decoded here; `decoding.with_images` names the row of a broken one.
     """
-    read = _reader(data, data_root)
+    read = read or reader(data, data_root)
     whole_train = _images(read(data.train), data, data.train)
     classes = _classes(whole_train, data.train)
 
@@ -75,7 +71,7 @@ def load_images(data: ImageData, data_root: Path | None = None) -> Splits:
     train = _labelled(_first(whole_train, data.train_rows), classes, data.train)
     test = labelled(data.test, data.test_rows)
     if data.validation is not None:
-        return Splits(train, labelled(data.validation), test)
+        return Splits(train, labelled(data.validation, data.validation_rows), test)
     return Splits(*_hold_out(train, data, range(len(train))), test)
 
 
@@ -95,35 +91,10 @@ def overlap(splits: Splits) -> int:
     return sum(sentence in known for sentence in _values(splits.test, "source"))
 
 
-def with_images(dataset: Dataset, transform: Callable[[Any], Any]) -> Dataset:
-    """Rows become {"pixel_values": transform(PIL image), "labels": int}, when they are read.
-
-    Reading an image that is missing, broken or cut short raises DataError with its row.
-    """
-    stored = dataset.cast_column("image", Image(decode=False))
-
-    def read(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        images = [_decode(record, stored) for record in rows["image"]]
-        return {"pixel_values": [transform(image) for image in images], "labels": rows["label"]}
-
-    return stored.with_transform(read)
-
-
-def _decode(record: dict[str, Any] | None, stored: Dataset) -> Any:
-    try:
-        if record is None:
-            raise ValueError("there is none")
-        return Image().decode_example(record)
-    except BROKEN_IMAGE as error:
-        row = next((i for i, other in enumerate(stored.select_columns("image")) if other["image"] == record), None)
-        path = f" ({record['path']})" if record and record["path"] else ""
-        raise DataError(f"The image in row {row}{path} cannot be read: {error}. Repair or remove it.") from error
-
-
 # ------------------------------------------------------------------------------------------ where from
 
 
-def _reader(data: TranslationData | ImageData, data_root: Path | None) -> Callable[[str], Dataset]:
+def reader(data: TranslationData | ImageData, data_root: Path | None) -> Read:
     """A split's name → its rows."""
     languages = (data.source, data.target) if isinstance(data, TranslationData) else ()
     if data.embedded is not None:
@@ -294,4 +265,4 @@ def _hold_out(train: Dataset, data: Source, keys: Iterable[Any]) -> tuple[Datase
             f"validation_fraction {data.validation_fraction} of {len(train)} training rows leaves "
             f"{len(rest)} to train on and {len(chosen)} to validate on: both must be more than none."
         )
-    return train.select(rest), train.select(chosen)
+    return train.select(rest), _first(train.select(chosen), data.validation_rows)

@@ -57,7 +57,7 @@ def dry_run(recipe: Recipe, data_root: Path | None, console: Console) -> None:
     )
     if recipe.translation is not None and not here:
         console.print(f"{recipe.name}: the sentences are Babel's", markup=False, highlight=False)
-        recipe = replace(recipe, translation=_SENTENCES)
+        recipe = replace(recipe, translation=replace(_SENTENCES, streaming=recipe.translation.streaming))
         here = True
     small = _small(recipe, here)
     task: Task

@@ -13,7 +13,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import TimmWrapperImageProcessor
 
-from hfcompress.data import with_images
+from hfcompress.decoding import with_images
 
 IN_MEMORY = 1 << 30
 """Bytes of decoded pixels (one each) up to which a split is kept decoded."""

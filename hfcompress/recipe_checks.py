@@ -17,6 +17,7 @@ from pydantic_core import ErrorDetails
 from hfcompress.methods import BY_NAME
 from hfcompress.reparameterization import Reparameterization
 from hfcompress.schema import STRICT, Recipe
+from hfcompress.stream_checks import stream_faults
 from hfcompress.yaml_lines import Address, Document, Fault
 
 _TRAINING = (("training",), ("teacher", "training"), ("student", "training"), ("compression", "training"))
@@ -40,6 +41,7 @@ def check(document: Document) -> Recipe | list[Fault]:
         recipe = TypeAdapter(Recipe).validate_json(json.dumps(document.tree))
     except ValidationError as error:
         return faults + list(explain(error, document))
+    faults += [(document.place(at), f"{dotted(at)}: {what}") for at, what in stream_faults(recipe)]
     return faults or recipe
 
 

@@ -28,6 +28,7 @@ from hfcompress.schema import Source
 
 JSON_SUFFIXES = ("jsonl", "jsonl.gz", "json", "json.gz")
 SHARD = re.compile(r"(?P<split>.+?)-(?P<index>\d+)(-of-(?P<total>\d+))?\.parquet")
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _LISTED = 12
 
 
@@ -37,6 +38,16 @@ def read_split(folder: Path, split: str, languages: tuple[str, ...] = ()) -> Dat
     Raises DataError where the folder or the split is missing, given twice, incomplete or unreadable, and
     where text files have different line counts.
     """
+    files = files_of(folder, split, languages)
+    if files[0].name.endswith(".parquet"):
+        return _read_parquet(files)
+    if files[0].name.endswith(JSON_SUFFIXES):
+        return _columns(list(read_records(files[0])), files[0])
+    return _read_text(files, languages)
+
+
+def files_of(folder: Path, split: str, languages: tuple[str, ...] = ()) -> list[Path]:
+    """The files of one split, all of one form. Raises DataError: none, more than one form, or some are missing."""
     if not folder.is_dir():
         raise DataError(_no_folder(folder))
     forms = {place: _forms(place, split, languages) for place in (folder, folder / "data") if place.is_dir()}
@@ -46,18 +57,20 @@ def read_split(folder: Path, split: str, languages: tuple[str, ...] = ()) -> Dat
     if len(found) > 1:
         names = " and ".join(str(files[0].relative_to(folder)) for files in found)
         raise DataError(f"Split {split!r} is in {folder} more than once, as {names}: keep one of them.")
-    files = found[0]
-    if files[0].name.endswith(".parquet"):
-        return _read_parquet(files)
-    if files[0].name.endswith(JSON_SUFFIXES):
-        return _columns(list(read_records(files[0])), files[0])
-    return _read_text(files, languages)
+    return found[0]
 
 
 def read_hub(data: Source, split: str) -> Dataset:
     """All columns of one split of the Hub's `data.hub`. Raises DataError where it cannot be loaded."""
-    try:
+    with told_of_hub(data, split):
         return _load(data.hub, data.config, revision=data.revision, split=data.hub_splits.get(split, split))
+
+
+@contextmanager
+def told_of_hub(data: Source, split: str) -> Iterator[None]:
+    """Within: what `datasets` raises about a split on the Hub becomes a DataError."""
+    try:
+        yield
     except ConnectionError as error:
         copy = f"its copy {data.folder!r}" if data.folder else "a copy (named by 'folder' in the recipe)"
         raise DataError(
@@ -73,20 +86,20 @@ def read_lines(path: Path) -> list[str]:
 
     Raises DataError with the line number where a line is not UTF-8.
     """
-    lines = _bytes(path).split(b"\n")
-    if not lines[-1]:  # what follows the last line's end
-        lines.pop()
-    if lines:
-        lines[0] = lines[0].removeprefix(b"\xef\xbb\xbf")
-    texts = []
-    for number, line in enumerate(lines, 1):
-        try:
-            texts.append(line.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"{path}:{number}: not UTF-8 ({error.reason} at byte {error.start} of the line)."
-            ) from error
-    return texts
+    return list(lines_of(path))
+
+
+def lines_of(path: Path) -> Iterator[str]:
+    """The lines that `read_lines` gives, one at a time."""
+    number = 0
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                yield (line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line).removesuffix(b"\n").decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}:{number}: not UTF-8 ({error.reason} at byte {error.start} of the line).") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read: {error}. Is it a whole file?") from error
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
@@ -94,13 +107,13 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
     lines = read_lines(path)
     first = next((line for line in lines if line.strip()), "")
     if first.lstrip().startswith("["):
-        records = _parse("\n".join(lines), str(path))
+        records = parse("\n".join(lines), str(path))
         for row, record in enumerate(records):
-            yield _object(record, f"{path}: element {row}")
+            yield as_object(record, f"{path}: element {row}")
         return
     for number, line in enumerate(lines, 1):
         if line.strip():
-            yield _object(_parse(line, f"{path}:{number}"), f"{path}:{number}")
+            yield as_object(parse(line, f"{path}:{number}"), f"{path}:{number}")
 
 
 def splits_in(folder: Path, languages: tuple[str, ...] = ()) -> list[str]:
@@ -226,21 +239,14 @@ def _read_text(files: list[Path], languages: tuple[str, ...]) -> Dataset:
     return Dataset.from_dict(sides)
 
 
-def _bytes(path: Path) -> bytes:
-    try:
-        return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read: {error}. Is it a whole file?") from error
-
-
-def _parse(text: str, where: str) -> Any:
+def parse(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not JSON: {error}") from error
 
 
-def _object(record: Any, where: str) -> dict[str, Any]:
+def as_object(record: Any, where: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise DataError(f"{where}: expected a JSON object with the columns' names, found {type(record).__name__}.")
     return record

@@ -22,6 +22,7 @@ from transformers import (
 
 from hfcompress.errors import ConfigError, ResumeError
 from hfcompress.files import write_atomically
+from hfcompress.passes import Passes
 from hfcompress.progress import TrainingProgress
 from hfcompress.resume import CommitCheckpoints, newest, seconds_of
 from hfcompress.schema import Recipe
@@ -137,6 +138,8 @@ def train(
         **trainer_arguments,
     )
     trainer.remove_callback(PrinterCallback)
+    if isinstance(trainer.train_dataset, Passes):
+        trainer.train_dataset.note_in(checkpoints / "passes")
     with closing(progress), commits.stopping_on_signals():
         _train(trainer, resume_from)
         stage = Stage(name, folder, wanted, commits.seconds, trainer.state.log_history)
@@ -152,7 +155,8 @@ def train(
 def training_arguments(name: str, task: Task, folder: Path, settings: Mapping[str, Any]) -> TrainingArguments:
     """The trainer's arguments for a stage. Raises ConfigError: settings that transformers refuses."""
     try:
-        return task.arguments(output_dir=str(folder), **_with_defaults(settings))
+        usual = _of_a_stream(settings) if task.stream is not None else {}
+        return task.arguments(output_dir=str(folder), **_with_defaults({**usual, **settings}))
     except ValueError as error:
         said = " ".join(str(error).split())
         raise ConfigError(f"stage '{name}': transformers refuses these training settings: {said}") from error
@@ -165,6 +169,9 @@ def _train(trainer: Any, resume_from: Path | None) -> None:
         return
     state = TrainerState.load_from_json(str(resume_from / "trainer_state.json"))
     if state.global_step < state.max_steps:
+        if isinstance(trainer.train_dataset, Passes):
+            batches = state.global_step * trainer.args.gradient_accumulation_steps
+            trainer.train_dataset.skip(batches, trainer.args.train_batch_size)
         trainer.train(resume_from_checkpoint=str(resume_from))
         return
     # its last step was done: the Trainer, asked to resume, would take one more where that is not an epoch's last
@@ -198,6 +205,12 @@ def _with_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
         "use_cpu": not torch.accelerator.is_available(),
         **settings,
     }
+
+
+def _of_a_stream(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """How often a stage is evaluated and saved that the Trainer takes for one epoch."""
+    steps = max(1, settings.get("max_steps", 1) // 20)
+    return {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": steps, "save_steps": steps}
 
 
 class TellEpochs(TrainerCallback):

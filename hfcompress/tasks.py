@@ -3,13 +3,13 @@
 import json
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from torch import Tensor
 from transformers import (
@@ -23,21 +23,27 @@ from transformers import (
 )
 
 from hfcompress import losses
+from hfcompress.augmentation import AugmentedImages, StreamedImages
 from hfcompress.crops import ResizedCrops
 from hfcompress.data import Splits, is_local, label_names, load_images, load_translation, overlap
 from hfcompress.errors import ResumeError
 from hfcompress.evaluate import Progress, score_images, score_translation
 from hfcompress.files import write_atomically
 from hfcompress.networks import classifier, from_pretrained, tokenizer_of, translator
+from hfcompress.passes import Passes, Pieces, Prepare
 from hfcompress.pictures import Pictures
 from hfcompress.results import DataFacts, Sample, Score
-from hfcompress.schema import Augmentation, ImageData, Network, Recipe, TranslationData
+from hfcompress.schema import ImageData, Network, Recipe, Source, TranslationData
+from hfcompress.streams import first_pairs, kept_in, stream_images, stream_translation
 from hfcompress.teacher import check_vocabularies
-from hfcompress.tokenizer import encode_pairs, train_tokenizer
+from hfcompress.tokenizer import StreamedPairs, encode_pairs, train_tokenizer
 from hfcompress.trainer import CompressionMixin, CompressionTrainer, Seq2SeqCompressionTrainer
 from hfcompress.trimming import trim_model, trim_tokenizer
 
 logger = logging.getLogger(__name__)
+
+VOCABULARY_PAIRS = 500_000
+"""So many first pairs of a stream, a million sentences, are what a vocabulary is trained on."""
 
 
 class Task(ABC):
@@ -46,6 +52,8 @@ class Task(ABC):
     trainer: type[CompressionMixin]
     arguments: type[TrainingArguments]
     splits: Splits
+    stream: Pieces | None = None
+    """The training rows where they are streamed; then `splits.train` has only the first of them."""
 
     @abstractmethod
     def prepare(self, folder: Path) -> DataFacts:
@@ -82,14 +90,22 @@ class Translation(Task):
 
     def __init__(self, recipe: Recipe, data: TranslationData, data_root: Path | None) -> None:
         self.recipe, self.data, self.data_root = recipe, data, data_root
-        self.splits = load_translation(data, data_root)
+        if data.streaming:
+            streamed = stream_translation(data, data_root)
+            self.splits, self.stream = streamed.splits, streamed.rows
+        else:
+            self.splits = load_translation(data, data_root)
 
     def prepare(self, folder: Path) -> DataFacts:
         self.tokenizer = self._trimmed(self._tokenizer(folder), folder / "trimmed")
-        self.train = encode_pairs(self.splits.train, self.tokenizer, self.data, truncate=False)
         self.validation = encode_pairs(self.splits.validation, self.tokenizer, self.data, truncate=True)
+        local = is_local(self.data, self.data_root)
+        if self.stream is not None:
+            self.train: Any = self._passes(self.stream)
+            return DataFacts(_rows(self.splits, streamed=True), local=local)
+        self.train = encode_pairs(self.splits.train, self.tokenizer, self.data, truncate=False)
         left_out = len(self.splits.train) - len(self.train)
-        return DataFacts(_rows(self.splits), overlap(self.splits), left_out, is_local(self.data, self.data_root))
+        return DataFacts(_rows(self.splits), overlap(self.splits), left_out, local)
 
     def _tokenizer(self, folder: Path) -> PreTrainedTokenizerBase:
         first = self.recipe.first
@@ -97,7 +113,8 @@ class Translation(Task):
             return from_pretrained(AutoTokenizer, tokenizer_of(first), first.revision)
         settings, wanted = folder / "settings", json.dumps(data_settings(self.recipe), sort_keys=True)
         if not settings.is_file():
-            train_tokenizer(self.splits.train, self.data, self.recipe.vocabulary, folder)
+            train = self.splits.train if self.stream is None else first_pairs(self.stream, VOCABULARY_PAIRS)
+            train_tokenizer(train, self.data, self.recipe.vocabulary, folder)
             write_atomically(settings, wanted.encode())  # last: it says that the rest is there
         elif settings.read_text(encoding="utf-8") != wanted:
             raise ResumeError(
@@ -138,7 +155,17 @@ class Translation(Task):
 
     def train_on(self, pairs: Dataset) -> None:
         """Let students be trained on these pairs (columns source and target) from now on."""
-        self.train = encode_pairs(pairs, self.tokenizer, self.data, truncate=False)
+        if self.stream is not None:
+            self.train = self._passes(Pieces.of(pairs))
+        else:
+            self.train = encode_pairs(pairs, self.tokenizer, self.data, truncate=False)
+
+    def sentences(self, folder: Path) -> Dataset:
+        """All training pairs, to be translated; those of a stream are kept in `folder`."""
+        return self.splits.train if self.stream is None else kept_in(folder, self.stream)
+
+    def _passes(self, rows: Pieces) -> Passes:
+        return passes(rows, StreamedPairs(self.tokenizer, self.data.max_length), self.recipe.seed, self.data)
 
     def save_processing(self, folder: Path) -> None:
         self.tokenizer.save_pretrained(folder)
@@ -158,25 +185,34 @@ class Images(Task):
     def __init__(self, recipe: Recipe, data: ImageData, data_root: Path | None, splits: Splits | None = None) -> None:
         """splits: in place of those that `data` names."""
         self.recipe, self.data, self.data_root = recipe, data, data_root
-        self.splits = splits or load_images(data, data_root)
+        if data.streaming:
+            streamed = stream_images(data, data_root, splits)
+            self.splits, self.stream = streamed.splits, streamed.rows
+        else:
+            self.splits = splits or load_images(data, data_root)
         self._pictures: dict[str, Pictures] = {}
 
     def prepare(self, folder: Path) -> DataFacts:
-        return DataFacts(_rows(self.splits), local=is_local(self.data, self.data_root))
+        return DataFacts(_rows(self.splits, streamed=self.data.streaming), local=is_local(self.data, self.data_root))
 
     def build(self, network: Network, teacher: PreTrainedModel | None) -> PreTrainedModel:
         return classifier(network, self.data, label_names(self.splits), self.data_root, self.recipe.seed)
 
     def trainer_arguments(self, model: PreTrainedModel) -> dict[str, Any]:
         processor = TimmWrapperImageProcessor(model.config.pretrained_cfg, model.config.architecture)
-        seed, wanted = self.recipe.seed, self.data.augmentation
-        cut = ResizedCrops(self.splits.train, processor, seed) if wanted.resized_crop else None
         return {
-            "train_dataset": AugmentedImages(cut or self._read("train", processor), wanted, seed),
+            "train_dataset": self._train(processor),
             "eval_dataset": self._read("validation", processor),
             "data_collator": _collate,
             "compute_metrics": _accuracy,
         }
+
+    def _train(self, processor: TimmWrapperImageProcessor) -> Passes | AugmentedImages:
+        seed, wanted = self.recipe.seed, self.data.augmentation
+        if self.stream is not None:
+            return passes(self.stream, StreamedImages(processor, wanted), seed, self.data)
+        cut = ResizedCrops(self.splits.train, processor, seed) if wanted.resized_crop else None
+        return AugmentedImages(cut or self._read("train", processor), wanted, seed)
 
     def _read(self, split: str, processor: TimmWrapperImageProcessor) -> Pictures:
         """A split as a network's processor prepares it, for all stages whose networks see images alike."""
@@ -194,55 +230,11 @@ class Images(Task):
         return score_images(model, self.rows(split), self.recipe.evaluation, progress, split)
 
 
-class AugmentedImages(torch.utils.data.Dataset[dict[str, Any]]):
-    """Training images, cropped and mirrored by draws that depend on (seed, epoch, row) alone.
-
-    So a run resumed in the middle of an epoch sees what the uninterrupted one saw; `set_epoch` says which epoch it is.
-    """
-
-    def __init__(self, rows: Any, augmentation: Augmentation, seed: int) -> None:
-        self.rows, self.augmentation, self.seed, self.epoch = rows, augmentation, seed, 0
-        self._drawn: tuple[int, np.ndarray] | None = None
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-        if isinstance(self.rows, ResizedCrops):
-            self.rows.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, row: int) -> dict[str, Any]:
-        return self.__getitems__([row])[0]
-
-    def __getitems__(self, rows: Sequence[int]) -> list[dict[str, Any]]:
-        """Several rows in one go, as torch's DataLoader asks for them."""
-        together = isinstance(self.rows, (Pictures, ResizedCrops))
-        found = self.rows.__getitems__(rows) if together else [self.rows[row] for row in rows]
-        if not (self.augmentation.crop_padding or self.augmentation.flip):
-            return found
-        images = self._augment(torch.stack([item["pixel_values"] for item in found]), rows)
-        return [{**item, "pixel_values": image} for item, image in zip(found, images.unbind())]
-
-    def _augment(self, images: Tensor, rows: Sequence[int]) -> Tensor:
-        top, left, mirrored = torch.from_numpy(self._draws()[:, list(rows)])
-        padding, (height, width) = self.augmentation.crop_padding, images.shape[-2:]
-        columns = torch.arange(width).expand(len(rows), -1)
-        if self.augmentation.flip:
-            columns = torch.where(mirrored[:, None] == 1, columns.flip(-1), columns)
-        images = torch.nn.functional.pad(images, (padding,) * 4)
-        y, x = top[:, None] + torch.arange(height), left[:, None] + columns
-        every = torch.arange(len(rows))[:, None, None, None]
-        channels = torch.arange(images.shape[1])[:, None, None]
-        return images[every, channels, y[:, None, :, None], x[:, None, None, :]]
-
-    def _draws(self) -> np.ndarray:
-        """The window's top and left and whether it is mirrored, of every row in this epoch: [3, rows]."""
-        if self._drawn is None or self._drawn[0] != self.epoch:
-            generator, count = np.random.default_rng((self.seed, self.epoch)), len(self.rows)
-            corners = generator.integers(0, 2 * self.augmentation.crop_padding + 1, (2, count))
-            self._drawn = self.epoch, np.concatenate([corners, generator.integers(0, 2, (1, count))])
-        return self._drawn[1]
+def passes(rows: Pieces, prepare: Prepare, seed: int, data: Source) -> Passes:
+    """This process' part of a stream, prepared while it is trained on."""
+    state = PartialState()
+    process = {"process": state.process_index, "processes": state.num_processes}
+    return Passes(rows, prepare, seed=seed, buffer=data.shuffle_buffer, **process)
 
 
 def task_of(recipe: Recipe, data_root: Path | None) -> Task:
@@ -260,11 +252,15 @@ def data_settings(recipe: Recipe) -> dict[str, Any]:
     vocabulary = asdict(recipe.vocabulary) if recipe.vocabulary else None
     trimmed = recipe.student.from_teacher is not None and recipe.student.from_teacher.trim_vocabulary
     kept = {"trim_vocabulary": True} if trimmed else {}
-    return {"data": asdict(data), "vocabulary": vocabulary, "seed": recipe.seed, **kept}
+    # so that what was made before these keys were there is still found
+    usual = {"streaming": False, "shuffle_buffer": 10_000, "validation_rows": None}
+    said = {key: value for key, value in asdict(data).items() if key not in usual or value != usual[key]}
+    return {"data": said, "vocabulary": vocabulary, "seed": recipe.seed, **kept}
 
 
-def _rows(splits: Splits) -> dict[str, int]:
-    return {"train": len(splits.train), "validation": len(splits.validation), "test": len(splits.test)}
+def _rows(splits: Splits, streamed: bool = False) -> dict[str, int]:
+    counted = {} if streamed else {"train": len(splits.train)}
+    return {**counted, "validation": len(splits.validation), "test": len(splits.test)}
 
 
 def _collate(rows: list[Mapping[str, Any]]) -> dict[str, Tensor]:

@@ -43,12 +43,13 @@ def prepare(
     model = load(teacher)
     wanted = recipe.distillation
     if isinstance(task, Translation) and wanted.sequences is not None:
-        texts = [Text("train", task.splits.train["source"], task.splits.train["target"])]
+        train = task.sentences(stages / FOLDERS[0] / "sentences")
+        texts = [Text("train", train["source"], train["target"])]
         if wanted.sequences.monolingual is not None:
             texts.append(monolingual((data_root or Path()) / wanted.sequences.monolingual))
         pairs = make_dataset(model, task.tokenizer, texts, wanted.sequences, stages / FOLDERS[0], console)
         pairs = pairs.select_columns(["source", "target"])
-        own = task.splits.train.select_columns(["source", "target"])
+        own = train.select_columns(["source", "target"])
         task.train_on(concatenate_datasets([pairs, own]) if wanted.sequences.keep_pairs else pairs)
     if not isinstance(task, Translation) or wanted.cache is None:
         return model

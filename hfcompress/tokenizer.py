@@ -6,6 +6,7 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,13 @@ from datasets import Dataset
 from transformers import MarianTokenizer, PreTrainedTokenizerBase
 
 from hfcompress.errors import ConfigError, DataError
+from hfcompress.passes import SKIPPED, Row
 from hfcompress.schema import TranslationData, Vocabulary
 from hfcompress.sources import no_progress_bars
 
 logger = logging.getLogger(__name__)
+
+_AT_ONCE = 256  # pairs of a stream that are encoded together
 
 
 def train_tokenizer(train: Dataset, data: TranslationData, vocabulary: Vocabulary, folder: Path) -> MarianTokenizer:
@@ -61,14 +65,7 @@ def encode_pairs(
     longest = data.max_length
 
     def encode(rows: dict[str, list[str]]) -> dict[str, list[Any]]:
-        # One id more than allowed is enough to tell what is too long.
-        limit = longest if truncate else longest + 1
-        encoded = tokenizer(rows["source"], text_target=rows["target"], truncation=True, max_length=limit)
-        columns = {name: encoded[name] for name in ("input_ids", "attention_mask", "labels")}
-        kept = [
-            i for i, (s, t) in enumerate(zip(columns["input_ids"], columns["labels"])) if max(len(s), len(t)) <= longest
-        ]
-        return {name: [values[i] for i in kept] for name, values in columns.items()}
+        return encode_batch(rows, tokenizer, longest, truncate=truncate)
 
     with no_progress_bars():  # in memory: nothing is read from a cache, or left in one
         encoded = dataset.map(
@@ -84,6 +81,35 @@ def encode_pairs(
     if not len(encoded):
         raise DataError(f"None of {len(dataset)} pairs has at most {longest} tokens on both sides: raise max_length.")
     return encoded
+
+
+def encode_batch(
+    rows: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase, longest: int, *, truncate: bool
+) -> dict[str, list[Any]]:
+    """What `encode_pairs` makes of some rows."""
+    # One id more than allowed is enough to tell what is too long.
+    limit = longest if truncate else longest + 1
+    encoded = tokenizer(rows["source"], text_target=rows["target"], truncation=True, max_length=limit)
+    columns = {name: encoded[name] for name in ("input_ids", "attention_mask", "labels")}
+    kept = [
+        i for i, (s, t) in enumerate(zip(columns["input_ids"], columns["labels"])) if max(len(s), len(t)) <= longest
+    ]
+    return {name: [values[i] for i in kept] for name, values in columns.items()}
+
+
+class StreamedPairs:
+    """What is trained on of a stream's rows: those that `encode_pairs` leaves, encoded as it does."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, longest: int) -> None:
+        self.tokenizer, self.longest = tokenizer, longest
+
+    def __call__(self, rows: Iterator[Row], place: tuple[int, int, int], skip: int) -> Iterator[Row | None]:
+        while some := list(islice(rows, _AT_ONCE)):
+            columns = {name: [row[name] for row in some] for name in ("source", "target")}
+            encoded = encode_batch(columns, self.tokenizer, self.longest, truncate=False)
+            for values in zip(*encoded.values()):
+                yield dict(zip(encoded, values)) if skip <= 0 else SKIPPED
+                skip -= 1
 
 
 def _ids(model: bytes) -> dict[str, int]:

@@ -22,6 +22,7 @@ from hfcompress.compressor import Compressor
 from hfcompress.errors import ConfigError, ResumeError
 from hfcompress.optimizer import CompressedOptimizer
 from hfcompress.padding import hold_padding_row
+from hfcompress.passes import Passes
 from hfcompress.schema import Compression, Distillation, Rule
 from hfcompress.teacher import check, freeze, logits_of
 from hfcompress.teacher_cache import TeacherCache, WithTeacher, take
@@ -70,6 +71,8 @@ class CompressionMixin(_Parent):
         if isinstance(teacher, TeacherCache):
             teacher.check_temperature(self.distillation.temperature)
             self.cache = teacher
+            if isinstance(self.train_dataset, Passes):
+                raise ConfigError("a teacher's cache holds rows that are there before training: not a stream's")
         elif teacher is not None:
             check(teacher, self.model)
             self.teacher = freeze(teacher).to(self.args.device)
@@ -174,6 +177,8 @@ class CompressionMixin(_Parent):
 
     def get_train_dataloader(self) -> Any:
         """The parent's; its batches have what the teacher's cache holds of their rows."""
+        if isinstance(self.train_dataset, Passes):
+            return self.train_dataset.loader(self.data_collator, self._train_batch_size, self.args)
         if self.cache is None:
             return super().get_train_dataloader()
         plain: Any = self.data_collator

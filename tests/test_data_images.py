@@ -13,7 +13,8 @@ from datasets import Image as ImageFeature
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hfcompress.data import label_names, load_images, with_images
+from hfcompress.data import label_names, load_images
+from hfcompress.decoding import with_images
 from hfcompress.errors import DataError
 from hfcompress.schema import ImageData
 

@@ -74,3 +74,14 @@ def test_a_signal_to_one_process_stops_both_after_a_checkpoint(found):
 def test_both_go_on_from_there(output):
     files = [(output / name / "model.hfcompress.safetensors").read_bytes() for name in ("stopped", "unstopped")]
     assert files[0] == files[1]
+
+
+def test_each_row_of_a_stream_is_read_by_one_process(found):
+    rows = found["streamed"]["rows"]
+    assert len(rows) == len(set(rows)) == 60
+
+
+@needs_resume
+def test_a_streamed_stage_goes_on_as_if_it_had_not_been_stopped(found):
+    streamed = found["streamed"]
+    assert streamed["interrupted"] and streamed["same"] and streamed["steps"] == list(range(1, 10))

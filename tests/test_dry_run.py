@@ -1,15 +1,18 @@
 """The recipes for translation that are shipped: each can be read, and runs as it is, offline and tiny."""
 
 import re
+from dataclasses import replace
 from io import StringIO
 
 import pytest
 from rich.console import Console
 
 from hfcompress.dry_run import dry_run
+from hfcompress.passes import Passes
 from hfcompress.recipe import SHIPPED, available, load
-from hfcompress.schema import Recipe
+from hfcompress.schema import Network, Recipe
 from hfcompress.sweep_schema import load_sweep
+from hfcompress.tasks import Translation
 
 TINY = ("d_model=32", "encoder_ffn_dim=32", "decoder_ffn_dim=32", "encoder_attention_heads=4")
 
@@ -68,3 +71,23 @@ def test_teachers_of_the_hub_are_small_random_ones(name: str) -> None:
     said = rehearsed(recipe)
     assert "compressed: training" in said and "the sentences are Babel's" in said
     assert ("decoder layers 0, 5 of 6" in said) == (name == "opus_mt/base")
+
+
+@pytest.mark.parametrize("name", ["wmt19_en_de"])
+def test_streamed_text_is_streamed(name: str, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    """Students read the teacher's translations as a stream."""
+    taken = []
+    train_on = Translation.train_on
+    monkeypatch.setattr(Translation, "train_on", lambda task, pairs: (train_on(task, pairs), taken.append(task.train)))
+    (recipe,) = load(SHIPPED / f"{name}.yaml", small("student"))
+    assert "compressed: training" in rehearsed(recipe)
+    assert [type(rows) for rows in taken] == [Passes]
+
+
+@pytest.mark.parametrize("name", ["str_imagenet_resnet50"])
+def test_streamed_images_are_streamed(name: str, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    """The recipes as they are, but for a small network."""
+    networks = {"teacher": None, "student": Network(timm="test_resnet", training={"max_steps": 9})}
+    recipe = load_sweep(SHIPPED / f"papers/{name}.yaml").cells[0].recipe
+    assert recipe.images is not None and recipe.images.streaming
+    assert "the images are random" in rehearsed(replace(recipe, **networks))

@@ -23,13 +23,15 @@ methods.dense methods.entropy methods.hashing methods.levels methods.threshold m
 methods.magnitude
 methods index
 parts
-compressor container schema folder
+compressor container schema_data folder passes decoding
+schema
 optimizer checkpoint callbacks
-redistribution teacher trimming students sources corpora yaml_lines
+redistribution teacher trimming students sources corpora yaml_lines stream_checks
 networks data teacher_cache filters positions tokenizer results recipe_checks saving
 pictures
 crops
-evaluate translate recipe quantizer
+augmentation
+evaluate translate recipe quantizer streams
 loading inspection
 verify originals
 compress_rules

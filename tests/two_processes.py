@@ -5,6 +5,7 @@ Rank 0 leaves what was found in OUTPUT/found.pt.
 
 import sys
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from small import (
     translation_trainer,
     weights,
 )
+from test_streams import losses_of, words, write_parquet
 
 from hfcompress.errors import Interrupted
 
@@ -41,6 +43,7 @@ def main(output: Path) -> None:
         "accumulated": first_gradient("marian", "both", 4, 4, output / "o"),
         "whole run": whole_run(output / "whole", state.process_index),
         "stopped": stopped_run(output, state.process_index),
+        "streamed": streamed_runs(output, state.process_index),
     }
     if state.is_main_process:
         torch.save(found, output / "found.pt")
@@ -96,6 +99,28 @@ def stopped_run(output: Path, rank: int) -> dict:
         train_stage(output / "stopped", **settings)
         train_stage(output / "unstopped", **settings)
     return {"stopped": gather_object([stopped]), "kept": kept}
+
+
+def streamed_runs(output: Path, rank: int) -> dict:
+    """A streamed stage, and one that was stopped in its second pass and resumed; and what each rank read in a pass."""
+
+    def task():
+        folder = output / f"words{rank}"
+        folder.mkdir(exist_ok=True)
+        found = words(folder, write_parquet)
+        found.prepare(folder / "vocabulary")
+        return found
+
+    rows = [tuple(row["input_ids"]) for row in islice(iter(task().train), 30)]
+    found = {"rows": [tuple(row) for row in gather_object(rows)]}
+    whole = losses_of(task(), output / "streamed")
+    if not RESUMES:
+        return found
+    try:
+        losses_of(task(), output / "streamed-stopped", stop_after=4 if rank == 1 else None)
+    except Interrupted:
+        found["interrupted"] = True
+    return {**found, "same": losses_of(task(), output / "streamed-stopped") == whole, "steps": list(whole)}
 
 
 def latents(trainer) -> dict[str, torch.Tensor]:
