@@ -31,7 +31,7 @@ from hfcompress.recipe import command_line, dump, load
 from hfcompress.results import DataFacts, Results, Row, Sample, by_kind
 from hfcompress.saving import dequantize
 from hfcompress.schema import Network, Recipe
-from hfcompress.stages import MARKER, Stage, fingerprints, finished, found, train, training_arguments
+from hfcompress.stages import MARKER, Stage, fingerprints, finished, found, slow_on, train, training_arguments
 from hfcompress.students import cut_of
 from hfcompress.tasks import Task, Translation, task_of
 from hfcompress.teacher import check
@@ -106,7 +106,9 @@ class Run:
         recipe = self.recipe
         for name, network in (("teacher", recipe.teacher), ("student", recipe.student), ("compressed", self._twin())):
             if network is not None:
-                training_arguments(name, task, self.output, self._settings(network))
+                arguments = training_arguments(name, task, self.output, self._settings(network))
+                if told := slow_on(arguments):
+                    self._say(f"{name}: {told}")
         teacher = None
         if recipe.teacher is not None:
             done = finished("teacher", self.output / STAGES / "teacher", self.wanted["teacher"])

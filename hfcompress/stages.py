@@ -162,6 +162,16 @@ def training_arguments(name: str, task: Task, folder: Path, settings: Mapping[st
         raise ConfigError(f"stage '{name}': transformers refuses these training settings: {said}") from error
 
 
+def slow_on(arguments: TrainingArguments) -> str | None:
+    """What makes training many times slower than it need be on this machine, and what to do."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    if arguments.bf16 and arguments.device.type == "cpu" and capability in ("DEFAULT", "AVX2"):
+        return (
+            f"bf16 on a CPU without AVX-512 ({capability}) is many times slower than float32: set training.bf16=false"
+        )
+    return None
+
+
 def _train(trainer: Any, resume_from: Path | None) -> None:
     """From the start, or on from a checkpoint."""
     if resume_from is None:
