@@ -53,11 +53,13 @@ import json, sys, hashlib, torch
 from pathlib import Path
 import hfcompress
 from transformers import AutoModelForImageClassification, AutoModelForSeq2SeqLM
-root, found = Path(sys.argv[1]), {}
+root, found, threads = Path(sys.argv[1]), {}, torch.get_num_threads()
 for path in sorted(root.glob("*.pt")):
     said, folder = torch.load(path), path.with_suffix("")
     auto = AutoModelForSeq2SeqLM if "generated" in said else AutoModelForImageClassification
+    torch.set_num_threads(threads)  # on any number of threads weights are the same
     model, info = auto.from_pretrained(folder, output_loading_info=True)
+    torch.set_num_threads(1)  # as many as the other process has: the sums of a convolution may depend on it
     state = model.state_dict()
     with torch.no_grad():
         logits = model(**said["inputs"]).logits
