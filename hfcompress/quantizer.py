@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -132,7 +133,7 @@ class HFCompressQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         conversions = getattr(model, "_weight_conversions", None) or []
         ours = [c for c in conversions if any(isinstance(o, _Decode) for o in getattr(c, "operations", ()))]
-        model._weight_conversions = [c for c in conversions if c not in ours] or None
+        model._weight_conversions = [c for c in conversions if c not in ours] or _conversions_for_saving(model)
         del model.config.transformers_weights
         if self._tensors:  # the loader did not find the array that was there a moment ago
             self._tensors = {}
@@ -146,6 +147,11 @@ class HFCompressQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def _conversions_for_saving(model: PreTrainedModel) -> list[Any] | None:
+    """Those by which timm's weights are saved under timm's names, as if they had been loaded under them."""
+    return get_model_conversion_mapping(model, add_legacy=False) or None if wrapper_prefix(model) else None
 
 
 def check_model(model: PreTrainedModel, reader: Reader) -> None:
