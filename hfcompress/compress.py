@@ -31,7 +31,7 @@ FINEST, COARSEST = 2.0**-12, 4.0
 """Distances of open points of the grid, relative to the root mean square of a weight's elements."""
 _TOLERANCE = 0.02
 _SAMPLE = 1 << 21
-_TRIES = 6
+_TRIES = 14
 
 Say = Callable[[str], None]
 
@@ -125,31 +125,34 @@ class _Search:
         self.weights = sum(count for count, _ in self.samples)
 
     def run(self) -> tuple[Compressor, float]:
-        """The compressor at the step found, and the step; the model holds its weights."""
-        fixed = self._fixed_bytes()
-        ratio, step = 1.0, 0.0
-        for attempt in range(_TRIES):
-            step = self._step_for((self._wanted_bits(fixed)) / ratio)
+        """The compressor at the step found, and the step; the model holds its weights. Raises ConfigError: none is."""
+        fixed, ratio = self._fixed_bytes(), 1.0
+        tried: list[tuple[float, float]] = []
+        for _ in range(_TRIES):
+            step = _between(tried) or self._step_for(self._wanted_bits(fixed) / ratio)
             self.say(f"coding at step {step:.4g} of the weights' size")
             compressor, sizes = self._at(step)
             coded = sum(t.codes / 8 + t.arrays for t in sizes.tensors if t.method == GRID)
             fixed = sizes.total - round(coded)
-            if self._met(8 * coded / self.weights, sizes.total, step) or attempt == _TRIES - 1:
-                break
-            ratio = 8 * coded / self.weights / self._estimate(step)
-        return compressor, step
+            bits = 8 * coded / self.weights
+            if self._met(bits, sizes.total, step):
+                return compressor, step
+            tried.append((math.log2(step), math.log2(bits / self._wanted_bits(fixed))))
+            ratio = bits / self._estimate(step)
+        asked = f"--bits {self.bits:g}" if self.target_bytes is None else f"--target-bytes {self.target_bytes:,}"
+        raise ConfigError(f"{asked} was not met: the last try gave {bits:.3g} bits a weight, {sizes.total:,} bytes")
 
     def _met(self, bits: float, total: int, step: float) -> bool:
         if self.target_bytes is None:
             if abs(bits / self.bits - 1) <= _TOLERANCE / 4:
                 return True
-            edge = (step >= COARSEST and bits > self.bits) or (step <= FINEST and bits < self.bits)
+            edge = (step >= COARSEST and bits > self.bits) or (step <= 1.001 * FINEST and bits < self.bits)
             if edge and abs(bits / self.bits - 1) > _TOLERANCE:
                 raise ConfigError(f"--bits {self.bits:g} cannot be reached: the nearest is {bits:.3g} bits a weight")
             return edge
         if step >= COARSEST and total > self.target_bytes:
             raise ConfigError(f"--target-bytes {self.target_bytes:,} cannot be reached: the least is {total:,} bytes")
-        return (1 - _TOLERANCE) * self.target_bytes <= total <= self.target_bytes or step <= FINEST
+        return (1 - _TOLERANCE) * self.target_bytes <= total <= self.target_bytes or step <= 1.001 * FINEST
 
     def _wanted_bits(self, fixed: int) -> float:
         """Bits a coded weight may take; the middle of what a target in bytes allows."""
@@ -180,6 +183,22 @@ class _Search:
         """About what lies around the codes."""
         every = sum(tensor.numel() for tensor in self.before.values())
         return 2 * (every - self.weights) + 40 * len(self.before)
+
+
+def _between(tried: Sequence[tuple[float, float]]) -> float | None:
+    """A step between the two tries next to the target, or beyond all of them; None: ask the sample again.
+
+    tried: (log2 of the step, log2 of bits over what is wanted); a coarser step takes fewer bits.
+    """
+    finer = max((t for t in tried if t[1] > 0), default=None)
+    coarser = min((t for t in tried if t[1] <= 0), default=None)
+    if finer and coarser:
+        share = finer[1] / (finer[1] - coarser[1])
+        return 2.0 ** (finer[0] + min(max(share, 0.1), 0.9) * (coarser[0] - finer[0]))
+    if len(tried) < 3:
+        return None
+    beyond = finer[0] + 1 if finer else tried[-1][0] - 1
+    return float(min(max(2.0**beyond, FINEST), COARSEST))
 
 
 def _set_step(compressor: Compressor, step: float) -> None:

@@ -15,7 +15,7 @@ from transformers.utils import logging
 from hfcompress.checkpoint import FILE_NAME, read, wrapper_prefix
 from hfcompress.compressor import unsaved
 from hfcompress.container import Reader
-from hfcompress.errors import FormatError
+from hfcompress.errors import FormatError, HFCompressError
 from hfcompress.files import write_atomically
 from hfcompress.folder import save_config
 
@@ -61,7 +61,11 @@ class _SavePretrained:
         **given: Any,
     ) -> None:
         model = self._model()
-        assert model is not None  # it is in its attributes that we were found
+        if model is None:
+            raise HFCompressError(
+                "save_pretrained() was asked of a loaded model that is gone by now: keep the model in a variable, "
+                "model = …from_pretrained(…), then model.save_pretrained(…)"
+            )
         folder = Path(save_directory)
         wants_dense = state_dict is not None or given.get("variant") or given.get("distributed_checkpoint")
         if wants_dense or _CHECKPOINT.fullmatch(folder.name) or not self._still_holds(model):

@@ -18,7 +18,7 @@ from torch import Tensor
 from hfcompress import load
 from hfcompress.checkpoint import FILE_NAME, read, sizes
 from hfcompress.cli_files import bytes_of
-from hfcompress.compress import GRID, Outcome, compress
+from hfcompress.compress import GRID, Outcome, _between, compress
 from hfcompress.compress_rules import default_rules, rules_in
 from hfcompress.errors import ConfigError, DataError, FormatError
 from hfcompress.hub import check_card
@@ -325,3 +325,10 @@ def test_a_file_alone_is_checked_as_far_as_it_goes(folder: Path) -> None:
     *_, last = verify(folder / FILE_NAME)
     assert "compared with nothing" in last
     assert sizes(read(folder)).total == (folder / FILE_NAME).stat().st_size
+
+
+def test_a_step_between_two_tries_is_between_them():
+    assert _between([]) is None and _between([(0.0, 1.0), (1.0, 0.5)]) is None
+    assert 2.0 < _between([(1.0, 0.5), (3.0, -0.1)]) < 8.0
+    assert _between([(0.0, 2.0), (0.5, 1.0), (1.0, 0.5)]) == 4.0
+    assert _between([(1.0, -0.5), (0.0, -0.4), (-1.0, -0.3)]) == 0.25
