@@ -146,13 +146,13 @@ class _Search:
         if self.target_bytes is None:
             if abs(bits / self.bits - 1) <= _TOLERANCE / 4:
                 return True
-            edge = (step >= COARSEST and bits > self.bits) or (step <= 1.001 * FINEST and bits < self.bits)
+            edge = (step >= COARSEST and bits > self.bits) or (step <= FINEST and bits < self.bits)
             if edge and abs(bits / self.bits - 1) > _TOLERANCE:
                 raise ConfigError(f"--bits {self.bits:g} cannot be reached: the nearest is {bits:.3g} bits a weight")
             return edge
         if step >= COARSEST and total > self.target_bytes:
             raise ConfigError(f"--target-bytes {self.target_bytes:,} cannot be reached: the least is {total:,} bytes")
-        return (1 - _TOLERANCE) * self.target_bytes <= total <= self.target_bytes or step <= 1.001 * FINEST
+        return (1 - _TOLERANCE) * self.target_bytes <= total <= self.target_bytes or step <= FINEST
 
     def _wanted_bits(self, fixed: int) -> float:
         """Bits a coded weight may take; the middle of what a target in bytes allows."""
@@ -177,7 +177,9 @@ class _Search:
         for _ in range(24):
             middle = (low + high) / 2
             low, high = (middle, high) if self._estimate(2**middle) > bits else (low, middle)
-        return 2 ** ((low + high) / 2) if high < math.log2(COARSEST) else COARSEST
+        if high == math.log2(COARSEST):
+            return COARSEST
+        return FINEST if low == math.log2(FINEST) else 2 ** ((low + high) / 2)
 
     def _fixed_bytes(self) -> int:
         """About what lies around the codes."""

@@ -16,7 +16,7 @@ def stream_faults(recipe: Recipe) -> Iterator[Fault]:
     if data is None or not data.streaming:
         return
     if recipe.distillation.cache is not None:
-        yield ("distillation", "cache"), f"{_needs('the teacher is asked about each of them before training')}"
+        yield ("distillation", "cache"), _needs("the teacher is asked about each of them before training")
     layers = recipe.student.from_teacher
     if layers is not None and layers.trim_vocabulary:
         yield ("student", "from_teacher", "trim_vocabulary"), _needs("it keeps the tokens that they need")
