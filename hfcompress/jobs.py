@@ -1,8 +1,10 @@
 """A command in a process of its own, watched from here."""
 
 import os
+import signal
 import subprocess
 import threading
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,7 +29,7 @@ class Job:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            start_new_session=True,  # a terminal's Ctrl-C is for the sweep, which passes it on once
+            start_new_session=True,  # a terminal's Ctrl-C is for the sweep, which stops it once
         )
         self.reader = threading.Thread(target=self._read, args=(self.process,), daemon=True)
         self.reader.start()
@@ -47,12 +49,19 @@ class Job:
         assert self.process is not None and self.reader is not None
         found = self.process.poll()
         if found is not None:
+            if found < 0:  # killed, which leaves what it had started itself: that holds the pipe open
+                with suppress(ProcessLookupError):
+                    os.killpg(self.process.pid, signal.SIGKILL)
             self.reader.join()
         return found
 
-    def signal(self, number: int) -> None:
+    def stop(self) -> None:
+        """Have it stop: in a training with a checkpoint, elsewhere at once.
+
+        By SIGTERM: the KeyboardInterrupt of a SIGINT is lost where a library on its way catches everything.
+        """
         if self.process is not None and self.process.poll() is None:
-            os.kill(self.process.pid, number)
+            self.process.terminate()
 
     def error(self, code: int) -> str:
         """What was said last, as one line."""

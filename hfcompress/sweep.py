@@ -70,7 +70,7 @@ class SweepRun:
         count, before = len(self.chosen), len(self.chosen) - len(waiting)
         self._say(f"{self.plan.sweep.title}: {count} cells" + (f", {before} of them done before" if before else ""))
         running: list[tuple[Cell, Job]] = []
-        with self._passing_on_signals(running):
+        with self._stopping_on_signals(running):
             while (waiting and not self._signal) or running:
                 for cell in self._ready(waiting, [cell for cell, _ in running]):
                     waiting.remove(cell)
@@ -106,7 +106,7 @@ class SweepRun:
             write_atomically(self._recipe(cell), dump(cell.recipe).encode())
             job = self._job(cell, [*_RUN, str(self._recipe(cell)), "--dry-run", *self._root()])
             job.start()
-            with self._passing_on_signals([(cell, job)]):
+            with self._stopping_on_signals([(cell, job)]):
                 while (code := job.code()) is None:
                     time.sleep(_PAUSE)
             if self._signal:
@@ -178,20 +178,20 @@ class SweepRun:
         return ["--data-root", str(self.data_root)] if self.data_root else []
 
     @contextmanager
-    def _passing_on_signals(self, running: list[tuple[Cell, Job]]) -> Iterator[None]:
-        """Within: SIGINT and SIGTERM go to the cells, which commit a checkpoint; nothing new is begun."""
+    def _stopping_on_signals(self, running: list[tuple[Cell, Job]]) -> Iterator[None]:
+        """Within: SIGINT and SIGTERM stop the cells, which commit a checkpoint; nothing new is begun."""
 
-        def pass_on(number: int, frame: FrameType | None) -> None:
+        def stop(number: int, frame: FrameType | None) -> None:
             self._signal = number
             for _, job in running:
-                job.signal(number)
+                job.stop()
 
         try:
-            with stop_signals_call(pass_on):
+            with stop_signals_call(stop):
                 yield
         finally:
             for _, job in running:  # none is left but where something went wrong here
-                job.signal(signal.SIGTERM)
+                job.stop()
 
     def _say(self, text: str) -> None:
         self.console.print(text, style="bold", markup=False, highlight=False, soft_wrap=True)
