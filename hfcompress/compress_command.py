@@ -6,7 +6,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from hfcompress.compress import Outcome, compress
+from hfcompress.compress import GRID, Outcome, compress
 from hfcompress.compress_rules import default_rules, method_called, rules_in
 from hfcompress.originals import load_original
 from hfcompress.plain_card import write_plain_card
@@ -14,6 +14,7 @@ from hfcompress.progress import bar, quiet_libraries
 from hfcompress.results import readable_bytes
 from hfcompress.verify import verify
 
+_MUCH = 0.6  # of the norm: at 1 bit the grid changes less, and few models do anything sensible then
 _STEPS = 6  # load, code (three times, as a rule), write, check
 
 
@@ -32,7 +33,7 @@ def run(
     """What the options say, with a bar on `errors` and the table on `out`. Raises what reading and compressing do."""
     quiet_libraries()
     rules = None if rules_file is None else rules_in(rules_file)
-    chosen = None if method in (None, "entropypenalized") else method_called(method or "", bits)
+    chosen = None if (method or GRID).lower() == GRID else method_called(method or "", bits)
     with bar(errors) as progress:
         task = progress.add_task("compress", total=_STEPS, note=f"loading {name}")
 
@@ -69,3 +70,9 @@ def print_outcome(outcome: Outcome, console: Console) -> None:
     console.print(table)
     times = f"{outcome.before / sizes.total:.1f} × smaller"
     console.print(f"{readable_bytes(outcome.before)} → {readable_bytes(sizes.total)}, {times}", highlight=False)
+    if outcome.relative_error > _MUCH:
+        console.print(
+            f"the weights differ from the original's by {100 * outcome.relative_error:.0f} % of their norm: little is "
+            "left of what the model could do. Give more bits, or a method that does not need training",
+            style="yellow",
+        )

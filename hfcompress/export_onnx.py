@@ -49,7 +49,7 @@ class _Translates(_Sees):
 
 
 def to_onnx(model: PreTrainedModel, folder: Path, output: Path) -> Iterator[str]:
-    """Write `output`/model.onnx and the tokenizer's or processor's files. Raises as `export.export` does."""
+    """Write `output`/model.onnx, config.json, the tokenizer's or processor's files. Raises as `export.export` does."""
     inputs = sample_inputs(model)
     network = (_Translates if model.config.is_encoder_decoder else _Sees)(model).eval()
     lengths = torch.export.Dim.DYNAMIC
@@ -63,6 +63,7 @@ def to_onnx(model: PreTrainedModel, folder: Path, output: Path) -> Iterator[str]
     output.mkdir(parents=True, exist_ok=True)
     onnx.save(graph, output / NAME)
     copy_beside(folder, output)
+    model.config.save_pretrained(output)  # names of classes, ids of special tokens
     yield from _compare(model, output / NAME, inputs)
     if packed:
         yield f"{packed} matrices keep their 4-bit codes (MatMulNBits)"

@@ -15,13 +15,14 @@ import hfcompress.quantizer  # noqa: F401  (makes compressed folders readable)
 from hfcompress import zoo
 
 
-def load(model: Path | str, revision: str = "main") -> PreTrainedModel:
+def load(model: Path | str, revision: str = "main", **options: Any) -> PreTrainedModel:
     """An ordinary dense model in eval mode, from a compressed or dense folder or Hub repository.
 
-    Raises FormatError, IntegrityError: a compressed file that is damaged or of another model; OSError: nothing there.
+    options: from_pretrained's, such as dtype and device_map. Raises FormatError, IntegrityError: a compressed file that
+    is damaged or of another model; OSError: nothing there.
     """
     config = AutoConfig.from_pretrained(model, revision=revision)
-    loaded: PreTrainedModel = class_for(config).from_pretrained(model, revision=revision)
+    loaded: PreTrainedModel = class_for(config).from_pretrained(model, revision=revision, **options)
     return loaded.eval()
 
 

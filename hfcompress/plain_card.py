@@ -13,6 +13,8 @@ from hfcompress.originals import Original
 from hfcompress.report import versions
 from hfcompress.results import readable_bytes
 
+_TRANSLATORS = ("marian", "m2m_100")  # other encoder–decoders may be for other tasks
+
 
 def write_plain_card(folder: Path, original: Original, outcome: Outcome, command: str) -> Path:
     """Write `folder`/README.md and return its path. command: what wrote the folder."""
@@ -42,8 +44,11 @@ def write_plain_card(folder: Path, original: Original, outcome: Outcome, command
 
 def _metadata(name: str, original: Original, outcome: Outcome) -> ModelCardData:
     found: dict[str, Any] = original.metadata()
-    if not original.model.config.is_encoder_decoder:
-        found["pipeline_tag"] = "image-classification"  # an encoder–decoder may do other tasks than translate
+    config = original.model.config
+    if not config.is_encoder_decoder:
+        found["pipeline_tag"] = "image-classification"
+    elif config.model_type in _TRANSLATORS:
+        found.setdefault("pipeline_tag", "translation")
     return ModelCardData(
         base_model=original.hub_id,
         base_model_relation="quantized" if original.hub_id else None,

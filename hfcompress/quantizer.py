@@ -24,7 +24,7 @@ from hfcompress import positions, zoo
 from hfcompress.checkpoint import FILE_NAME, check_names, read, wrapper_prefix
 from hfcompress.compressor import WRAPPER_PREFIX, unsaved
 from hfcompress.container import Reader
-from hfcompress.errors import FormatError
+from hfcompress.errors import ConfigError, FormatError
 from hfcompress.saving import remember
 from hfcompress.sealed import FORMAT, VERSION
 
@@ -155,7 +155,10 @@ def _conversions_for_saving(model: PreTrainedModel) -> list[Any] | None:
 
 
 def check_model(model: PreTrainedModel, reader: Reader) -> None:
-    """Raises FormatError unless the file holds what `model` (which may be empty) needs, and nothing else."""
+    """Raises FormatError unless the file holds what `model` (which may be empty) needs, and nothing else.
+
+    Raises ConfigError: it does not because `model` is another class than config.json names, say the base model.
+    """
     prefix, found = wrapper_prefix(model), reader.shapes().keys()
     wanted = {name.removeprefix(prefix): tuple(t.shape) for name, t in model.state_dict().items()}
     optional = unsaved(model)
@@ -163,7 +166,16 @@ def check_model(model: PreTrainedModel, reader: Reader) -> None:
         tied = {name.removeprefix(prefix) for name in names}
         if tied & found:
             optional |= tied
-    check_names(reader, wanted, optional)
+    try:
+        check_names(reader, wanted, optional)
+    except FormatError as error:
+        written, asked = model.config.architectures or [], type(model).__name__
+        if not written or asked in written:
+            raise
+        raise ConfigError(
+            f"the compressed file is a {written[0]}'s, and a {asked} was asked for: load it by {written[0]} or the "
+            f"Auto class of its task, and take what is wanted from that, as in model.{model.base_model_prefix}"
+        ) from error
 
 
 @contextmanager

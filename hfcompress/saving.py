@@ -42,7 +42,8 @@ class _SavePretrained:
     """A loaded model's `save_pretrained`: the compressed file again, or transformers' own for what is not in it.
 
     Dense weights are written once weights have changed, into a trainer's checkpoints (it resumes from nothing else),
-    and when asked for by `state_dict=`, `variant=`, `distributed_checkpoint=` or `hfcompress.dequantize(model)`.
+    and when asked for by `state_dict=`, `variant=`, `distributed_checkpoint=` or `hfcompress.dequantize(model)`. They
+    take the place of a compressed file that lies there.
     """
 
     def __init__(self, model: "PreTrainedModel", file: Path) -> None:
@@ -71,6 +72,8 @@ class _SavePretrained:
         if wants_dense or _CHECKPOINT.fullmatch(folder.name) or not self._still_holds(model):
             given |= {"is_main_process": is_main_process, "state_dict": state_dict, "push_to_hub": push_to_hub}
             type(model).save_pretrained(model, save_directory, **given)
+            if is_main_process:  # config.json no longer names it
+                (folder / FILE_NAME).unlink(missing_ok=True)
             return
         if is_main_process:
             _write(model, self._file, folder)

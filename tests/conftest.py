@@ -137,3 +137,9 @@ def data() -> Path:
     if not folder:
         pytest.skip("HFCOMPRESS_DATA does not name the folder of datasets")
     return Path(folder)
+
+
+@pytest.fixture
+def said(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for what a command says."""
+    return tmp_path_factory.mktemp("said")

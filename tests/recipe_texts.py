@@ -1,4 +1,4 @@
-"""Two recipes for tests, as text, and how `load` refuses what is made of them."""
+"""Recipes for tests, as text, and how `load` refuses what is made of them."""
 
 from pathlib import Path
 
@@ -44,6 +44,17 @@ compression:
   rules: [{method: {uniform: {bits: 2, bucket: null}}}]
   training: {learning_rate: 1e-4}
 training: {per_device_train_batch_size: 16}
+"""
+
+TINY = """\
+name: tiny
+images: {embedded: digits, size: 8, mean: [0.3], std: [0.4], train_rows: 64, test_rows: 20}
+teacher: {timm: cifar_resnet20, arguments: {in_chans: 1}}
+student: {timm: cifar_resnet20, arguments: {in_chans: 1}}
+compression:
+  rules: [{method: {uniform: {bits: 4}}, kinds: [conv, linear]}]
+training: {max_steps: 1}
+evaluation: {bootstrap: 0}
 """
 
 BOTH = f"{DIGITS}---\n{CLDR}"

@@ -3,46 +3,27 @@
 import json
 import math
 import os
-import pty
 import re
 import resource
 import shutil
 import signal
 import sys
-import threading
 import time
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy
 import pytest
 from commands import hfcompress, installed, start, tree
 from conftest import compress, make_model
 from datasets import Dataset
 from PIL import Image
-from safetensors.numpy import save as to_bytes
+from recipe_texts import TINY
 
-from hfcompress import cli
 from hfcompress.checkpoint import FILE_NAME, save
-from hfcompress.data import label_names, load_images
-from hfcompress.errors import DataError
-from hfcompress.networks import classifier
-from hfcompress.recipe import available, load
-from hfcompress.scoring import told_apart
+from hfcompress.recipe import available
 from hfcompress.stages import MARKER
-from hfcompress.tasks import Images
 
 COMMANDS = ("run", "sweep", "evaluate", "compress", "inspect", "verify", "export", "push", "recipes", "recipes show")
-DIGITS = """\
-name: tiny
-images: {embedded: digits, size: 8, mean: [0.3], std: [0.4], train_rows: 64, test_rows: 20}
-teacher: {timm: cifar_resnet20, arguments: {in_chans: 1}}
-student: {timm: cifar_resnet20, arguments: {in_chans: 1}}
-compression:
-  rules: [{method: {uniform: {bits: 4}}, kinds: [conv, linear]}]
-training: {max_steps: 1}
-evaluation: {bootstrap: 0}
-"""
 PAIRS = """\
 name: pairs
 translation: {folder: pairs, source: de, target: en}
@@ -53,11 +34,6 @@ compression:
   rules: [{method: {uniform: {bits: 4}}}]
 training: {max_steps: 1}
 """
-
-
-@pytest.fixture
-def said(tmp_path_factory):
-    return tmp_path_factory.mktemp("said")
 
 
 # ------------------------------------------------------------------------------------------ help
@@ -169,163 +145,6 @@ def test_a_narrow_terminal_cuts_no_name(compressed, said):
     assert done.code == 0 and "…" not in done.out
 
 
-# ------------------------------------------------------------------------------------------ evaluate
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    """A recipe, and an untrained compressed network for it."""
-    folder = tmp_path_factory.mktemp("digits")
-    (folder / "tiny.yaml").write_text(DIGITS, encoding="utf-8")
-    (recipe,) = load(folder / "tiny.yaml")
-    model = classifier(recipe.student, recipe.images, label_names(load_images(recipe.images)), None, 0)
-    save(model, folder / "model [1]", compress(model))
-    return folder
-
-
-def test_evaluate_prints_a_table(digits, said):
-    model = digits / "model [1]"
-    done = hfcompress(said, "evaluate", model, "--recipe", digits / "tiny.yaml")
-    assert done.code == 0 and re.fullmatch(r"model \[1\]: accuracy \d+\.\d\d\n", done.err)
-    (line,) = (line for line in done.out.splitlines() if str(model) in line)
-    value, low, high, rows = re.search(r"accuracy +│ +([\d.]+) +│ ([\d.]+) – ([\d.]+) +│ (\d+)", line).groups()
-    assert float(low) <= float(value) <= float(high) and rows == "20" and "top1|split:test|size:8" in line
-
-
-def test_evaluate_on_both_splits(digits, said):
-    model, both = digits / "model [1]", ("--split", "validation", "--split", "test")
-    done = hfcompress(said, "evaluate", model, "--recipe", digits / "tiny.yaml", *both, "--json", said / "scores")
-    assert done.code == 0 and re.search(r"^model \[1\]: accuracy \d+\.\d\d \(validation\)$", done.err, re.MULTILINE)
-    (found,) = json.loads((said / "scores").read_bytes()).values()
-    assert "split:validation" in found["scores"]["accuracy"]["signature"] and len(found["samples"]) == 200
-    assert "split:test" in found["also"]["test"]["accuracy"]["signature"]
-    assert found["samples"][0]["source"] == "validation image 0"
-
-
-def test_folders_of_one_name_are_told_apart(digits, said, tmp_path):
-    for place in ("a", "b"):
-        shutil.copytree(digits / "model [1]", tmp_path / place / "model")
-    done = hfcompress(said, "evaluate", tmp_path / "a/model", tmp_path / "b/model", "--recipe", digits / "tiny.yaml")
-    assert re.fullmatch(r"a/model: accuracy \d+\.\d\d\nb/model: accuracy \d+\.\d\d\n", done.err)
-
-
-def test_labels_are_as_long_as_need_be():
-    models = ["runs/a/student", "runs/b/student", "old/b/student", "runs/a/teacher", "me/tiny", "student", ".", "a/"]
-    labels = ["a/student", "runs/b/student", "old/b/student", "teacher", "tiny", "student", ".", "a"]
-    assert told_apart(models) == dict(zip(models, labels))
-
-
-def test_one_bad_model_is_found_before_any_is_scored(digits, said, tmp_path):
-    good, recipe = digits / "model [1]", ("--recipe", digits / "tiny.yaml")
-    (tmp_path / "unweighted").mkdir()
-    config = json.loads((good / "config.json").read_bytes())
-    (tmp_path / "unweighted" / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    assert f"none of {FILE_NAME}" in hfcompress(said, "evaluate", good, tmp_path / "unweighted", *recipe).refusal
-    del config["quantization_config"], config["transformers_weights"]
-    (tmp_path / "unweighted" / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    assert "none of model.safetensors" in hfcompress(said, "evaluate", good, tmp_path / "unweighted", *recipe).refusal
-    shutil.copytree(good, tmp_path / "other")
-    save(make_model("test_vit"), tmp_path / "vit")
-    shutil.copy(tmp_path / "vit" / FILE_NAME, tmp_path / "other")
-    done = hfcompress(said, "evaluate", good, tmp_path / "other", *recipe)
-    assert done.code == 3 and re.fullmatch(rf"error: {tmp_path}/other/.* is of another model: .*\n", done.err), done.err
-
-
-def test_what_was_scored_before_a_failure_is_written(digits, tmp_path, monkeypatch, capsys):
-    first, second, whole = digits / "model [1]", tmp_path / "second", Images.score
-
-    def fails_later(self, model, *given):
-        if model == str(second):
-            raise DataError("the test's own")
-        return whole(self, model, *given)
-
-    monkeypatch.setattr(Images, "score", fails_later)
-    shutil.copytree(first, second)
-    asked = ["evaluate", str(first), str(second), "--recipe", str(digits / "tiny.yaml")]
-    assert cli.main(asked) == 2
-    said = capsys.readouterr()
-    assert "error: the test's own" in said.err and re.search(r"accuracy +│ +\d+\.\d\d ", said.out)
-    assert cli.main([*asked, "--json", str(tmp_path / "scores")]) == 2
-    assert list(json.loads((tmp_path / "scores").read_bytes())) == [str(first)] and capsys.readouterr().out == ""
-
-
-def test_on_a_terminal_there_is_a_bar(digits, said):
-    ours, theirs = pty.openpty()
-    shown: list[bytes] = []
-
-    def read():
-        try:
-            while text := os.read(ours, 4096):
-                shown.append(text)
-        except OSError:  # how Linux says that the other end is closed
-            pass
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    files = said / "out", Path(os.ttyname(theirs))
-    process = start(files, "evaluate", digits / "model [1]", "--recipe", digits / "tiny.yaml")
-    process.join(120)
-    os.close(theirs)
-    reader.join(10)
-    os.close(ours)
-    text = b"".join(shown).decode()
-    assert process.exitcode == 0 and "━" in text and "20/20" in text and "model [1]" in text
-
-
-@pytest.mark.parametrize(
-    ("model", "told"),
-    [
-        ("nowhere", "'nowhere' (no folder here)"),
-        ("some/where/else", "'some/where/else' (no folder here)"),
-        ("empty", "(a folder)"),
-        ("marian", "AutoModelForImageClassification"),
-        ("cifar_resnet20", "knows 7 labels, the data has 10"),
-    ],
-)
-def test_what_cannot_be_evaluated(model, told, digits, said, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty").mkdir()
-    if model in ("marian", "cifar_resnet20"):
-        save(make_model(model), tmp_path / model)
-    assert told in hfcompress(said, "evaluate", model, "--recipe", digits / "tiny.yaml").refusal
-
-
-def test_which_of_several_recipes(digits, said):
-    asked = ("evaluate", digits / "model [1]", "--recipe", "quickstart")
-    assert "(digits, spelled-out): say which with --name" in hfcompress(said, *asked).refusal
-    assert "no recipe 'digit'; it has digits, spelled-out" in hfcompress(said, *asked, "--name", "digit").refusal
-
-
-# ------------------------------------------------------------------------------------------ corrupt files: 3
-
-
-def truncated(data: bytes) -> bytes:
-    return data[: len(data) // 2]
-
-
-def flipped(data: bytes) -> bytes:
-    return data[:-100] + bytes([data[-100] ^ 4]) + data[-99:]
-
-
-def foreign(data: bytes) -> bytes:
-    return to_bytes({"weight": numpy.zeros(3)})
-
-
-@pytest.mark.parametrize("harm", [truncated, flipped, foreign])
-def test_a_corrupt_file(harm, digits, said, tmp_path):
-    folder = tmp_path / "harmed"
-    shutil.copytree(digits / "model [1]", folder)
-    file = folder / FILE_NAME
-    whole = file.stat().st_size
-    file.write_bytes(harm(file.read_bytes()))
-    for command in (("inspect", folder), ("evaluate", folder, "--recipe", digits / "tiny.yaml")):
-        done = hfcompress(said, *command)
-        assert done.code == 3 and done.err.count("\n") == 1 and done.err.startswith(f"error: {file}: "), done.err
-        if harm is truncated:
-            sizes = f"{file.stat().st_size:,} bytes were found, its header promises {whole:,}: download it again"
-            assert f"{file}: truncated: {sizes}" in done.err
-
-
 # ------------------------------------------------------------------------------------------ the user's mistakes: 2
 
 
@@ -356,13 +175,13 @@ def refused(said: Path, tmp_path: Path, recipe: str | Path, *options: object) ->
 )
 def test_a_recipe_that_cannot_be_run(overrides, told, said, tmp_path):
     """Told before anything is trained, and before the output folder is taken."""
-    (tmp_path / "tiny.yaml").write_text(DIGITS, encoding="utf-8")
+    (tmp_path / "tiny.yaml").write_text(TINY, encoding="utf-8")
     assert told in refused(said, tmp_path, tmp_path / "tiny.yaml", *overrides)
 
 
 def test_a_faulty_file_is_answered_with_its_line(said, tmp_path):
     recipe = tmp_path / "tiny.yaml"
-    recipe.write_text(DIGITS.replace("student:", "studnet:"), encoding="utf-8")
+    recipe.write_text(TINY.replace("student:", "studnet:"), encoding="utf-8")
     done = hfcompress(said, "run", recipe)
     assert done.code == 2 and f"{recipe}:4" in done.err and "the nearest is 'student'" in done.err
     assert "Traceback" not in done.err
@@ -440,7 +259,7 @@ def test_images_that_cannot_be_used(labels, override, told, said, tmp_path):
         Dataset.from_dict(rows).to_parquet(tmp_path / "pictures" / f"{split}.parquet")
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(
-        DIGITS.replace("embedded: digits", "folder: pictures").replace("train_rows: 64, ", ""), encoding="utf-8"
+        TINY.replace("embedded: digits", "folder: pictures").replace("train_rows: 64, ", ""), encoding="utf-8"
     )
     assert told in refused(said, tmp_path, recipe, override, "--data-root", tmp_path)
 
@@ -451,7 +270,7 @@ def test_images_that_cannot_be_used(labels, override, told, said, tmp_path):
 @pytest.fixture
 def held(tmp_path):
     """A folder as a run has begun it, and its recipe."""
-    (tmp_path / "tiny.yaml").write_text(DIGITS, encoding="utf-8")
+    (tmp_path / "tiny.yaml").write_text(TINY, encoding="utf-8")
     stage = tmp_path / "output" / "stages" / "teacher"
     stage.mkdir(parents=True)
     (stage / MARKER).write_text(json.dumps({"fingerprint": "of hours of work", "seconds": 1.0, "history": []}))
@@ -470,7 +289,7 @@ def held(tmp_path):
 )
 def test_a_folder_that_holds_a_run_is_not_touched(options, told, held, said, tmp_path):
     if options == ["--resume"]:
-        (tmp_path / "output" / "recipe.yaml").write_text(DIGITS)
+        (tmp_path / "output" / "recipe.yaml").write_text(TINY)
     message = refused(said, tmp_path, held, *options)
     assert all(words in message for words in told)
 
@@ -484,13 +303,13 @@ def test_a_run_is_not_overwritten_and_reused_at_once(held, said, tmp_path):
 def test_a_folder_of_other_files_is_not_touched(option, said, tmp_path):
     (tmp_path / "output").mkdir()
     (tmp_path / "output" / "thesis.tex").write_text("years of work")
-    (tmp_path / "tiny.yaml").write_text(DIGITS, encoding="utf-8")
+    (tmp_path / "tiny.yaml").write_text(TINY, encoding="utf-8")
     options = [option] if option != "--no-option" else []
     assert "holds other files than a run's" in refused(said, tmp_path, tmp_path / "tiny.yaml", *options)
 
 
 def test_the_output_is_a_file(said, tmp_path):
-    (tmp_path / "tiny.yaml").write_text(DIGITS, encoding="utf-8")
+    (tmp_path / "tiny.yaml").write_text(TINY, encoding="utf-8")
     (tmp_path / "output").write_text("something")
     assert "is a file: give --output a folder" in refused(said, tmp_path, tmp_path / "tiny.yaml")
 

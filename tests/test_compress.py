@@ -222,7 +222,8 @@ def test_sizes_as_people_write_them() -> None:
 
 
 def test_the_commands_together(vit: Path, tmp_path: Path) -> None:
-    small = tmp_path / "small"
+    small, rules = tmp_path / "small", tmp_path / "rules.yaml"
+    rules.write_text("rules: [{method: {multihash: {fraction: 0.1}}, kinds: [conv, linear]}]", encoding="utf-8")
     done = hfcompress(tmp_path, "compress", vit, "--output", small, "--bits", 3)
     assert done.code == 0, done.err
     total = (small / FILE_NAME).stat().st_size
@@ -231,8 +232,11 @@ def test_the_commands_together(vit: Path, tmp_path: Path) -> None:
     assert "--bits 3" in (small / "README.md").read_text(encoding="utf-8")
     assert ModelCard.load(small / "README.md").data.library_name == "hfcompress"
     assert "is not empty" in hfcompress(tmp_path, "compress", vit, "--output", small).refusal
-    again = hfcompress(tmp_path, "compress", vit, "--output", small, "--method", "uniform", "--bits", 2, "--overwrite")
+    again = hfcompress(tmp_path, "compress", vit, "--output", small, "--method", "Uniform", "--bits", 2, "--overwrite")
     assert again.code == 0 and {s.method for s in read(small).slots} == {Uniform(bits=2), Dense()}
+    assert "little is left of what the model could do" not in done.out + again.out
+    noise = hfcompress(tmp_path, "compress", vit, "--output", tmp_path / "noise", "--rules", rules)
+    assert noise.code == 0 and "little is left of what the model could do" in noise.out
     checked = hfcompress(tmp_path, "verify", small)
     assert checked.code == 0 and checked.out.splitlines()[-1] == "the file is good"
 

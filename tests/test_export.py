@@ -12,6 +12,7 @@ from commands import hfcompress
 from conftest import compress, make_inputs, make_model
 from datasets import Dataset
 from safetensors import safe_open
+from transformers import AutoConfig
 
 from hfcompress import load
 from hfcompress.checkpoint import save
@@ -111,6 +112,7 @@ def test_onnx_says_what_we_say(name: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     folder = made(name, tmp_path / "small")
     lines = list(export(folder, tmp_path / "onnx", "onnx"))
+    assert AutoConfig.from_pretrained(tmp_path / "onnx").model_type == load(folder).config.model_type
     assert sum("largest difference to ours" in line for line in lines) == 2
     model = load(folder)
     inputs = make_inputs(model)

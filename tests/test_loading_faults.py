@@ -19,13 +19,13 @@ import torch
 from conftest import compress, make_inputs, make_model
 from safetensors.torch import save as save_safetensors
 from torch import nn
-from transformers import AutoModelForImageClassification, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import AutoModel, AutoModelForImageClassification, AutoModelForSeq2SeqLM, PreTrainedModel
 from transformers.models.marian.modeling_marian import MarianSinusoidalPositionalEmbedding
 
 from hfcompress import dequantize, load, positions, quantizer
 from hfcompress.checkpoint import FILE_NAME, read, save
 from hfcompress.container import Writer
-from hfcompress.errors import FormatError
+from hfcompress.errors import ConfigError, FormatError
 from hfcompress.files import write_atomically
 from hfcompress.folder import WITHOUT_US, save_config
 from hfcompress.saving import holds
@@ -142,6 +142,16 @@ def test_dense_weights_saved_over_the_folder_are_the_models(folder: Path) -> Non
     _train(model)
     model.save_pretrained(folder)
     assert same(AutoModelForSeq2SeqLM.from_pretrained(folder), model)
+    assert FILE_NAME not in files(folder)
+
+
+def test_a_part_of_the_model_is_had_from_the_whole(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"a MarianMTModel's, and a MarianModel was asked for.* as in model\.model"):
+        AutoModel.from_pretrained(folder)
+
+
+def test_loading_takes_what_from_pretrained_takes(folder: Path) -> None:
+    assert load(folder, dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
 def test_a_trainers_checkpoint_is_dense(folders: Path, tmp_path: Path) -> None:
@@ -356,11 +366,15 @@ def test_two_savers_and_a_reader_at_once(two: list[Path], tmp_path: Path) -> Non
         found = []
         for _ in range(12):
             assert (tmp_path / "out" / FILE_NAME).read_bytes() in wanted
-            loaded = load(tmp_path / "out")
+            try:
+                loaded = load(tmp_path / "out")
+            except RuntimeError as error:  # safetensors looks twice, and a shorter file came in between: nothing loads
+                assert "smaller than the required mapping size" in str(error)
+                continue
             found.append([same(loaded, model) for model in models])
     finally:
         _stop(processes)
-    assert all(sum(which) == 1 for which in found)
+    assert len(found) > 6 and all(sum(which) == 1 for which in found)
 
 
 def test_killed_while_saving_again(two: list[Path], tmp_path: Path) -> None:
