@@ -28,7 +28,7 @@ from torch import Tensor
 from hfcompress.coding import Symbols
 from hfcompress.errors import ConfigError, FormatError
 from hfcompress.reparameterization import Description, Latents, Reparameterization, Slot, array_in, symbols_in
-from hfcompress.rounding import cast_through, from_buckets, to_buckets
+from hfcompress.rounding import cast_through, extremes, from_buckets, to_buckets
 
 LEAST, MOST = 2, 256
 """How many points a tensor may have."""
@@ -133,7 +133,7 @@ class Levels(Reparameterization):
         if rows.numel() == 0:
             return rows, rows.new_zeros(0, 1), rows.new_zeros(0, 1)
         scale = _SCALES[self.scales]
-        low, high = torch.aminmax(rows, dim=1, keepdim=True)
+        low, high = extremes(rows)
         low = low.to(scale).float()
         span = (high - low).to(scale).float()
         span = torch.where(span > 0, span, 1.0)

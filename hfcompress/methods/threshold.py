@@ -189,7 +189,7 @@ class _SoftThreshold(torch.autograd.Function):
         weight, threshold = ctx.saved_tensors
         g = threshold.sigmoid()
         size = weight.float().abs()
-        passed = torch.where((size > g) | (size == 0), gradient, 0)
+        passed = _passes(size, g).to(gradient.dtype).mul_(gradient)
         slope = -g * (1 - g)
         return passed, slope * (passed * weight.sign()).sum(dtype=torch.float32), None
 
@@ -216,8 +216,14 @@ class _Rate(torch.autograd.Function):
 def _soft_count(weight: Tensor, threshold: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """`scale` times the gradient of Σ |w|^k / (|w|^k + g(s)^k) in w and in s."""
     g, w = threshold.sigmoid(), weight.float()
-    ratio = (w.abs() / g).clamp_(1e-4, 1e4).pow_(_SHARPNESS)
-    near = ratio / (1 + ratio).square_()  # p · (1 − p): of weights near the threshold
+    size = w.abs()
+    ratio = (size / g).clamp_(1e-4, 1e4).square_().square_()  # ^k: pow_ takes ten times as long
+    near = ratio.div_((ratio + 1).square_())  # p · (1 − p): of weights near the threshold
     by_threshold = -scale * _SHARPNESS * (1 - g) * near.sum()
-    by_weight = torch.where(w == 0, 0, scale * _SHARPNESS * near / w)
+    by_weight = near.mul_(w.sign()).mul_(scale * _SHARPNESS).div_(size.clamp_(min=torch.finfo(size.dtype).tiny))
     return by_weight.to(weight.dtype), by_threshold
+
+
+def _passes(size: Tensor, g: Tensor) -> Tensor:
+    """1 where |w| > g or w = 0, else 0: by signs, since comparing and choosing take several times as long on a CPU."""
+    return (size - g).clamp_(min=0).sign_().sub_(size.sign()).add_(1)

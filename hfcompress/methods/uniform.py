@@ -26,7 +26,7 @@ from torch import Tensor
 from hfcompress.coding import Symbols
 from hfcompress.errors import ConfigError, FormatError
 from hfcompress.reparameterization import Description, Latents, Reparameterization, Slot, array_in, symbols_in
-from hfcompress.rounding import from_buckets, replace_through, stochastic_round, to_buckets
+from hfcompress.rounding import extremes, from_buckets, replace_through, stochastic_round, to_buckets
 
 _SCALES = {"float16": torch.float16, "float32": torch.float32}
 
@@ -118,7 +118,7 @@ class Uniform(Reparameterization):
         if rows.numel() == 0:
             empty = rows.new_zeros(0, 1)
             return rows, empty, empty
-        low, high = torch.aminmax(rows, dim=1, keepdim=True)
+        low, high = extremes(rows)
         if self.zero_point:
             low, high = low.clamp(max=0), high.clamp(min=0)
         else:
