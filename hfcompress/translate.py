@@ -21,6 +21,7 @@ import pyarrow.parquet
 import torch
 from datasets import Dataset, Features, Value, concatenate_datasets
 from sacrebleu.metrics import CHRF
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hfcompress import losses
@@ -207,8 +208,8 @@ def _score(batch: list[dict[str, Any]], model: PreTrainedModel, tokenizer: PreTr
         line[: len(ids)] = torch.tensor(ids)
     labels = labels.to(model.device)
     shifted = model.prepare_decoder_input_ids_from_labels(labels=labels)
-    logits = model(**inputs, decoder_input_ids=shifted).logits.float().transpose(1, 2)
-    nats = torch.nn.functional.cross_entropy(logits, labels, ignore_index=losses.IGNORED, reduction="none").sum(1)
+    logits = model(**inputs, decoder_input_ids=shifted).logits.float().flatten(0, 1)
+    nats = cross_entropy(logits, labels.flatten(), ignore_index=losses.IGNORED, reduction="none").view_as(labels).sum(1)
     for row, loss, length in zip(batch, nats.tolist(), lengths):
         row["score"], row["tokens"] = -loss / length, length
     return sum(lengths)
