@@ -34,6 +34,7 @@ def translate(
     worst: Annotated[float, typer.Option(min=0, max=1, help="Share left out by cross-entropy.")] = 0.05,
     least_score: Annotated[float, typer.Option(help="Least mean log-probability of a token.")] = -5.0,
     length_ratio: Annotated[float, typer.Option(min=1, help="Times the usual ratio of lengths.")] = 3.0,
+    least_bleu: Annotated[float, typer.Option(min=0, help="The teacher's on the first 100 pairs; 0: any.")] = 5.0,
     engine: Annotated[Engine, typer.Option(help="What translates.")] = Engine.TRANSFORMERS,
 ) -> None:
     """Let a teacher translate sentences for its students. Several processes: torchrun -m hfcompress translate ..."""
@@ -54,8 +55,14 @@ def translate(
             filters=filters,
         )
     except ValidationError as error:
-        raise ConfigError("; ".join(detail["msg"] for detail in error.errors())) from error
+        raise ConfigError("; ".join(_told(detail["loc"], detail["msg"]) for detail in error.errors())) from error
 
     from hfcompress.translate_command import run
 
-    run(model, data, (source, target), split, settings, output, console())
+    run(model, data, (source, target), split, settings, least_bleu, output, console())
+
+
+def _told(place: tuple[int | str, ...], message: str) -> str:
+    """The option that a field is set by, where the message names none."""
+    option = f"--{str(place[-1]).replace('_', '-')}: " if place else ""
+    return option + message.removeprefix("Value error, ")

@@ -72,6 +72,9 @@ class Compressor:
         self.seed, self.step = seed, 0
         self.entries: dict[str, Entry] = {}
         self._groups: list[list[Entry]] = []
+        for name, parameter in model.named_parameters():
+            if not parameter.isfinite().all():
+                raise ConfigError(f"{name}: the weight holds NaN or infinity; nothing can be compressed from it")
         claims = _claim(model, rules)
         for position in range(len(rules)):
             mine = [c for c in claims if c[0] == position]
@@ -92,8 +95,6 @@ class Compressor:
 
     @staticmethod
     def _enter(slot: Slot, method: Reparameterization, parameter: nn.Parameter, shared: Latents) -> Entry:
-        if not parameter.isfinite().all():
-            raise ConfigError(f"{slot.name}: the weight holds NaN or infinity; nothing can be compressed from it")
         with torch.no_grad():
             latents = {**method.init(parameter.detach(), slot), **shared}
             if not method.decode(latents, slot, hard=True).isfinite().all():

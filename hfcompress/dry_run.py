@@ -10,7 +10,7 @@ import timm
 from datasets import ClassLabel, Dataset, Features, Image
 from rich.console import Console
 
-from hfcompress import zoo
+from hfcompress import teaching, zoo
 from hfcompress.data import Splits, is_local
 from hfcompress.errors import ConfigError
 from hfcompress.progress import quiet_libraries
@@ -59,6 +59,8 @@ def dry_run(recipe: Recipe, data_root: Path | None, console: Console) -> None:
         console.print(f"{recipe.name}: the sentences are Babel's", markup=False, highlight=False)
         recipe = replace(recipe, translation=replace(_SENTENCES, streaming=recipe.translation.streaming))
         here = True
+    if recipe.translation is not None and here:
+        _foresee(recipe, data_root, console)
     small = _small(recipe, here)
     task: Task
     if here:
@@ -69,6 +71,14 @@ def dry_run(recipe: Recipe, data_root: Path | None, console: Console) -> None:
         task = Images(small, small.images, data_root, random_images(small.images, _classes(small)))
     with TemporaryDirectory() as folder:
         Run(small, Path(folder) / "run", data_root=data_root, console=console).train(task)
+
+
+def _foresee(recipe: Recipe, data_root: Path | None, console: Console) -> None:
+    """What the small run leaves out. A package may be missing only on this machine: that is said, not raised."""
+    try:
+        teaching.foresee(recipe.distillation, data_root)
+    except ConfigError as error:
+        console.print(f"{recipe.name}: on this machine the run would stop: {error}", markup=False, highlight=False)
 
 
 def random_images(data: ImageData, classes: int) -> Splits:

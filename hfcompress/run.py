@@ -104,6 +104,7 @@ class Run:
 
     def _rehearse(self, task: Task) -> None:
         recipe = self.recipe
+        teaching.foresee(recipe.distillation, self.data_root)
         for name, network in (("teacher", recipe.teacher), ("student", recipe.student), ("compressed", self._twin())):
             if network is not None:
                 arguments = training_arguments(name, task, self.output, self._settings(network))
@@ -238,11 +239,9 @@ class Run:
     def _score(self, stages: dict[str, Stage]) -> tuple[Results, list[Sample]]:
         """Every stage's folder, scored by a fresh process that has only the files."""
         self._say("scoring the files in a fresh process")
-        path = self.output / STAGES / "scores.json"
+        path, folders = self.output / STAGES / "scores.json", [stage.folder for stage in stages.values()]
         splits = ("test", "validation") if self.validation else ("test",)
-        scored = score_afresh(
-            [stage.folder for stage in stages.values()], self.output / RECIPE, path, self.data_root, splits
-        )
+        scored = score_afresh(folders, self.output / RECIPE, path, self.data_root, splits)
         rows: list[Row] = []
         for name, stage in stages.items():
             rows.append(row_of(name, stage.folder, scored[str(stage.folder)]["scores"], rows))

@@ -82,7 +82,8 @@ def finished(name: str, folder: Path, wanted: str) -> Stage | None:
     record = json.loads(path.read_text(encoding="utf-8"))
     if record["fingerprint"] != wanted:
         raise ResumeError(
-            f"stage '{name}' in {folder} was made with other settings: change them back, or start anew with --overwrite"
+            f"stage '{name}' in {folder} was made with other settings: change them back, or start anew with "
+            "--overwrite (a sweep: delete that cell's folder, or name another --output)"
         )
     return Stage(name, folder, wanted, record["seconds"], record["history"])
 

@@ -67,7 +67,8 @@ class SweepRun:
     def run(self) -> SweepResults:
         """Run what is not done yet, and write the table. Raises Interrupted: a signal came; cells keep their work."""
         waiting = [cell for cell in self.chosen if not self._done(cell)]
-        count, before = len(self.chosen), len(self.chosen) - len(waiting)
+        count = len(self.chosen)
+        done = before = count - len(waiting)
         self._say(f"{self.plan.sweep.title}: {count} cells" + (f", {before} of them done before" if before else ""))
         running: list[tuple[Cell, Job]] = []
         with self._stopping_on_signals(running):
@@ -79,7 +80,8 @@ class SweepRun:
                     if self._over(cell, job):
                         running.remove((cell, job))
                         self.report()
-                        self._say(f"[{cell.name}] {count - len(waiting) - len(running)} of {count} cells")
+                        done += self._done(cell)
+                        self._say(f"[{cell.name}] {done} of {count} cells")
                 time.sleep(_PAUSE)
         results = self.report()
         if self._signal:

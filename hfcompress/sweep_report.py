@@ -33,7 +33,10 @@ def _sections(results: SweepResults, command: str) -> Iterator[str]:
         "deviation over n seeds. × smaller: than the same network in float32."
     )
     if results.choices:
-        yield f"## Operating points\n\nChosen by {metric} on the validation split, never on the test split."
+        yield (
+            f"## Operating points\n\nChosen by {metric} on the validation split, never on the test split, among the "
+            "points all of whose seeds were run."
+        )
         yield markdown_table(_choices(results), "llrrrrr")
     yield "## All points"
     yield markdown_table(_points(results), "lrrrrrll")

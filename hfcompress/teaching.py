@@ -1,5 +1,6 @@
 """What a teacher does before students are trained: its check, its translations, what it says of every token."""
 
+import importlib.util
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedToke
 from hfcompress.errors import ConfigError, TeacherError
 from hfcompress.loading import load
 from hfcompress.progress import bar
-from hfcompress.schema import Recipe, Sequences
+from hfcompress.schema import Distillation, Recipe, Sequences
 from hfcompress.sources import read_lines, read_split
 from hfcompress.tasks import Task, Translation
 from hfcompress.teacher_cache import Process, TeacherCache, write
@@ -28,9 +29,11 @@ logger = logging.getLogger(__name__)
 FOLDERS = ("translations", "teacher_cache")
 """Of a run's stages: what a teacher was asked for, before any student."""
 PAIRS = 100
-"""So many validation pairs tell whether a teacher translates at all."""
+"""So many pairs tell whether a teacher translates at all."""
 BREAKS = ("\r", "\v", "\f", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029")
 """Characters at which other programs end a line; here it ends at \\n only, as for `wc -l`."""
+
+_NO_ENGINE = "the engine ctranslate2 is not installed: pip install 'hfcompress[export]', or write engine: transformers"
 
 
 def prepare(
@@ -72,6 +75,19 @@ def prepare(
     return TeacherCache(folder)
 
 
+def foresee(wanted: Distillation, data_root: Path | None) -> None:
+    """Whether what the teacher will be asked for can be done, before hours of training come to it.
+
+    Raises ConfigError: a package is missing; DataError: a text that is to be translated cannot be read.
+    """
+    if wanted.sequences is None:
+        return
+    if wanted.sequences.engine == "ctranslate2" and importlib.util.find_spec("ctranslate2") is None:
+        raise ConfigError(_NO_ENGINE)
+    if wanted.sequences.monolingual is not None:
+        read_lines((data_root or Path()) / wanted.sequences.monolingual)
+
+
 def make_dataset(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -92,11 +108,9 @@ def make_dataset(
     return read_split(folder, "train")
 
 
-def check_direction(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, validation: Dataset, least: float
-) -> float:
-    """The teacher's BLEU on the first 100 pairs. Raises TeacherError: it is under `least`."""
-    pairs = validation.select(range(min(PAIRS, len(validation))))
+def check_direction(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Dataset, least: float) -> float:
+    """The teacher's BLEU on the first 100 pairs of source and target. Raises TeacherError: it is under `least`."""
+    pairs = pairs.select(range(min(PAIRS, len(pairs))))
     sources, references = list(pairs["source"]), list(pairs["target"])
     settings = Sequences(beams=1, n_best=1)
     backend = Generate(model.to(PartialState().device).eval(), tokenizer, settings)
@@ -105,9 +119,9 @@ def check_direction(
     if bleu < least:
         hint = "they resemble the sources: is it a teacher of the other direction? " if back > max(bleu, least) else ""
         raise TeacherError(
-            f"the teacher's translations of {len(sources)} validation pairs have BLEU {bleu:.1f}, under the least of "
+            f"the teacher's translations of the first {len(sources)} pairs have BLEU {bleu:.1f}, under the least of "
             f"{least:g} (the sources themselves have {copied:.1f}); {hint}the first: {found[0]!r} for "
-            f"{references[0]!r}. Take another teacher or tokenizer, or lower distillation.least_bleu"
+            f"{references[0]!r}. Take another teacher or tokenizer, or lower least_bleu"
         )
     return bleu
 
@@ -131,7 +145,7 @@ def ctranslate2_backend(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
 
         from hfcompress.export_ctranslate2 import to_ctranslate2
     except ImportError as error:
-        raise ConfigError("the backend ctranslate2 needs the package ctranslate2: pip install ctranslate2") from error
+        raise ConfigError(_NO_ENGINE) from error
     with TemporaryDirectory() as folder:
         whole, converted = Path(folder) / "whole", Path(folder) / "converted"
         tokenizer.save_pretrained(whole)

@@ -15,7 +15,7 @@ from hfcompress.networks import from_pretrained
 from hfcompress.progress import quiet_libraries
 from hfcompress.schema import Sequences
 from hfcompress.sources import read_split
-from hfcompress.teaching import make_dataset, monolingual
+from hfcompress.teaching import PAIRS, check_direction, make_dataset, monolingual
 from hfcompress.translate import SUMMARY, Text
 
 
@@ -25,14 +25,24 @@ def run(
     languages: tuple[str | None, str | None],
     split: str,
     settings: Sequences,
+    least_bleu: float,
     output: Path,
     console: Console,
 ) -> None:
-    """Translate, filter, write, and say what was left out. Raises ConfigError, DataError, ResumeError."""
+    """Translate, filter, write, and say what was left out.
+
+    Raises ConfigError, DataError, ResumeError; TeacherError: BLEU on the first pairs is under `least_bleu`.
+    """
     quiet_libraries()
     main = PartialState(cpu=not torch.accelerator.is_available()).is_main_process
-    texts = [_pairs(data, split, languages) if data.is_dir() else monolingual(data)]
     tokenizer, teacher = from_pretrained(AutoTokenizer, model), load(model)
+    text = _pairs(data, split, languages) if data.is_dir() else monolingual(data)
+    if text.references and least_bleu:
+        pairs = Dataset.from_dict({"source": text.sources[:PAIRS], "target": text.references[:PAIRS]})
+        bleu = check_direction(teacher, tokenizer, pairs, least_bleu)
+        if main:
+            console.print(f"the teacher: BLEU {bleu:.1f} on the first pairs", markup=False, highlight=False)
+    texts = [text]
     kept = make_dataset(teacher, tokenizer, texts, settings, output, console if main else None)
     if main:
         found = json.loads((output / SUMMARY).read_text(encoding="utf-8"))["counts"]

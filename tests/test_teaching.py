@@ -8,7 +8,7 @@ from rich.console import Console
 from test_tasks import ANYHOW, QUICK, TINY
 
 from hfcompress import load
-from hfcompress.errors import TeacherError
+from hfcompress.errors import ConfigError, DataError, TeacherError
 from hfcompress.run import Run
 from hfcompress.schema import (
     Distillation,
@@ -23,6 +23,7 @@ from hfcompress.schema import (
 from hfcompress.students import cut_of
 from hfcompress.tasks import task_of
 from hfcompress.teacher_cache import TeacherCache
+from hfcompress.teaching import foresee
 
 TRAINING = {"per_device_train_batch_size": 16, "max_steps": 3, "use_cpu": True, "learning_rate": 1e-2}
 EVERYTHING = Filters(worst=0.1, least_score=-1e9, length_ratio=1e9)
@@ -94,7 +95,7 @@ def test_a_pretrained_teacher_is_trimmed_and_its_direction_checked(first, tmp_pa
     _, _, folder = first
     pretrained = Network(pretrained=str(folder / "stages" / "teacher"))
     given = {"vocabulary": None, "teacher": pretrained}
-    with pytest.raises(TeacherError, match=r"of 100 validation pairs have BLEU 0\.\d, under the least of 5"):
+    with pytest.raises(TeacherError, match=r"of the first 100 pairs have BLEU 0\.\d, under the least of 5"):
         train(recipe(**given), tmp_path / "refused")
     unchecked = Distillation(least_bleu=0.0, temperature=1.0)
     small = {**given, "translation": recipe().translation.__class__(**{**vars(recipe().translation), "train_rows": 60})}
@@ -106,3 +107,12 @@ def test_a_pretrained_teacher_is_trimmed_and_its_direction_checked(first, tmp_pa
 def test_only_a_teacher_who_translates_can_do_that():
     with pytest.raises(ValueError, match="are for a translation recipe with a teacher"):
         recipe(teacher=None, student=Network(marian=TINY, training={}))
+
+
+def test_what_cannot_be_asked_is_said_before_any_training(monkeypatch, tmp_path):
+    foresee(Distillation(), tmp_path)
+    with pytest.raises(DataError, match=r"news\.de"):
+        foresee(Distillation(sequences=Sequences(monolingual="news.de")), tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="engine ctranslate2 is not installed"):
+        foresee(Distillation(sequences=Sequences(engine="ctranslate2")), tmp_path)

@@ -153,7 +153,7 @@ def test_a_teacher_that_does_not_translate_is_refused_with_the_figure(taught):
     model, tokenizer, pairs = taught
     swapped = pairs.rename_columns({"source": "target", "target": "source"})
     assert check_direction(model, tokenizer, pairs, 0.0) >= 0
-    with pytest.raises(TeacherError, match=r"of 40 validation pairs have BLEU \d+\.\d, under the least of 90"):
+    with pytest.raises(TeacherError, match=r"of the first 40 pairs have BLEU \d+\.\d, under the least of 90"):
         check_direction(model, tokenizer, swapped, 90.0)
 
 
@@ -178,6 +178,9 @@ def test_the_command(taught, tmp_path):
     keep(taught, tmp_path)
     options = ["--output", str(tmp_path / "out"), "--beams", "2", "--n-best", "2", "--max-new-tokens", "8"]
     options += ["--least-score", "-99", "--source", "de", "--target", "en"]
+    poor = CliRunner().invoke(app, ["translate", str(tmp_path / "teacher"), str(tmp_path / "data"), *options])
+    assert poor.exit_code == 2 and "under the least of 5" in poor.output and not (tmp_path / "out").exists()
+    options += ["--least-bleu", "0"]
     done = CliRunner().invoke(app, ["translate", str(tmp_path / "teacher"), str(tmp_path / "data"), *options])
     assert done.exit_code == 0, done.output
     assert "pairs in" in done.output and "tokens/s" in done.output
@@ -186,7 +189,9 @@ def test_the_command(taught, tmp_path):
         == json.loads((tmp_path / "out" / "translation.json").read_text())["counts"]["kept"]
     )
     done = CliRunner().invoke(app, ["translate", "x", str(tmp_path), "--output", "y", "--n-best", "9"])
-    assert done.exit_code == 2 and "n_best 9 of 5 beams" in done.output
+    assert done.exit_code == 2 and "n_best 9 of 5 beams" in done.output and "Value error" not in done.output
+    done = CliRunner().invoke(app, ["translate", "x", str(tmp_path), "--output", "y", "--worst", "1"])
+    assert done.exit_code == 2 and "--worst: Input should be less than 1" in done.output
 
 
 def test_two_processes_of_torchrun_make_the_dataset_of_one(taught, tmp_path):
@@ -194,6 +199,7 @@ def test_two_processes_of_torchrun_make_the_dataset_of_one(taught, tmp_path):
     keep(taught, tmp_path)
     given = ["translate", str(tmp_path / "teacher"), str(tmp_path / "data"), "--source", "de", "--target", "en"]
     given += ["--beams", "2", "--n-best", "2", "--max-new-tokens", "8", "--least-score", "-99", "--shard-rows", "8"]
+    given += ["--least-bleu", "0"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     path = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
