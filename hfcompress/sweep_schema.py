@@ -155,6 +155,8 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Plan:
     Raises ConfigError: one message with a line for each fault, each with its file and line, or its override.
     """
     documents = read(path)
+    if isinstance(tree := documents[0].tree, dict) and "student" in tree and "recipe" not in tree:
+        raise ConfigError(f"{path}: this is a recipe, not a sweep of recipes: it is run by 'hfcompress run'")
     if len(documents) > 1:
         raise ConfigError(f"{path}: a sweep is one YAML document, found {len(documents)}")
     document, (ours, theirs) = documents[0], _sorted(overrides, path)

@@ -84,6 +84,10 @@ def test_overrides_of_the_command_line_win_and_may_be_the_sweeps_own(tmp_path):
     assert plan.sweep.notes == "new" and len(plan.cells) == 4
 
 
+def test_a_recipe_is_told_from_a_sweep(tmp_path):
+    assert "it is run by 'hfcompress run'" in refused(tmp_path, RECIPE)
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [
