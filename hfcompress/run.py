@@ -100,6 +100,8 @@ class Run:
         except HFCompressError:
             self.folder.give_back()
             raise
+        if facts.overlap:
+            self._say(f"{facts.overlap:,} test rows are in the training split too: scores may be too high")
         return facts
 
     def _rehearse(self, task: Task) -> None:
@@ -222,8 +224,7 @@ class Run:
         if (before := self._found("post_training")) is not None:
             return before
         if self.main:
-            folder = self.output / STAGES / "post_training"
-            model = load_model(student.folder)
+            folder, model = self.output / STAGES / "post_training", load_model(student.folder)
             checkpoint.save(model, folder, Compressor(model, self.recipe.compression.rules))
             task.save_processing(folder)
         return self._mark("post_training")

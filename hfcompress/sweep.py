@@ -86,6 +86,10 @@ class SweepRun:
         results = self.report()
         if self._signal:
             raise Interrupted("stopped by a signal; all work was saved: run the same command with --resume")
+        return self.told(results)
+
+    def told(self, results: SweepResults) -> SweepResults:
+        """The results, once it is said where their table is."""
         self._say(f"the table is in {self.output / 'table.md'}")
         return results
 
@@ -214,4 +218,4 @@ def run_sweep(
             return SweepRun(plan, Path(folder), **{**options, "resume": False}).rehearse()
     options = {**options, "resume": options["resume"] or report, "command": command_line("sweep", *command)}
     made = SweepRun(plan, output, **options)
-    return (made.report() if report else made.run()).failed
+    return (made.told(made.report()) if report else made.run()).failed
