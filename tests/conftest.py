@@ -139,6 +139,12 @@ def data() -> Path:
     return Path(folder)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> None:
+    """Again for every file: ctranslate2, once loaded, sets the number for the whole process."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def said(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for what a command says."""
