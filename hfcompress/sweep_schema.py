@@ -108,19 +108,20 @@ class Sweep:
         return self
 
     def all_points(self) -> tuple[Point, ...]:
-        """Those listed, then those of the grid, its last axis the fastest: a line of the plot."""
+        """Those listed, then those of the grid, its last axis the fastest: a line of the plot, trained or not."""
         made = []
         for labels in product(*self.grid.values()) if self.grid else ():
             name = "-".join(labels)
             if not any(fnmatchcase(name, pattern) for pattern in self.leave_out):
                 overrides = [text for axis, label in zip(self.grid.values(), labels) for text in axis[label]]
                 after = any(fnmatchcase(name, pattern) for pattern in self.after_training)
+                series = ["-".join(labels[:-1]), "after training" if after else ""]
                 made.append(
                     Point(
                         name=name,
                         overrides=tuple(overrides),
                         row="post_training" if after else "compressed",
-                        series="-".join(labels[:-1]),
+                        series=", ".join(part for part in series if part),
                     )
                 )
         return (*self.points, *made)
