@@ -33,7 +33,8 @@ def run(
     """What the options say, with a bar on `errors` and the table on `out`. Raises what reading and compressing do."""
     quiet_libraries()
     rules = None if rules_file is None else rules_in(rules_file)
-    chosen = None if (method or GRID).lower() == GRID else method_called(method or "", bits)
+    asked = (method or GRID).lower()
+    chosen = None if asked == GRID else method_called(asked, bits)
     with bar(errors) as progress:
         task = progress.add_task("compress", total=_STEPS, note=f"loading {name}")
 

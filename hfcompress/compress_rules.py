@@ -61,7 +61,6 @@ def rules_in(path: Path) -> tuple[Rule, ...]:
 
 def method_called(name: str, bits: float | None) -> Reparameterization:
     """A method by its name, with so many bits where it has such a field. Raises ConfigError."""
-    name = name.lower()
     if name not in BY_NAME:
         raise ConfigError(f"no method '{name}': there are {', '.join(BY_NAME)}")
     if bits is None:

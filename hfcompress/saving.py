@@ -42,8 +42,9 @@ class _SavePretrained:
     """A loaded model's `save_pretrained`: the compressed file again, or transformers' own for what is not in it.
 
     Dense weights are written once weights have changed, into a trainer's checkpoints (it resumes from nothing else),
-    and when asked for by `state_dict=`, `variant=`, `distributed_checkpoint=` or `hfcompress.dequantize(model)`. They
-    take the place of a compressed file that lies there.
+    and when asked for by `state_dict=`, `variant=`, `distributed_checkpoint=` or `hfcompress.dequantize(model)`.
+    Written from here, they take the place of a compressed file that lies there; after `dequantize` the model saves as
+    transformers would, which leaves it.
     """
 
     def __init__(self, model: "PreTrainedModel", file: Path) -> None:

@@ -42,8 +42,7 @@ def run(
         bleu = check_direction(teacher, tokenizer, pairs, least_bleu)
         if main:
             console.print(f"the teacher: BLEU {bleu:.1f} on the first pairs", markup=False, highlight=False)
-    texts = [text]
-    kept = make_dataset(teacher, tokenizer, texts, settings, output, console if main else None)
+    kept = make_dataset(teacher, tokenizer, [text], settings, output, console if main else None)
     if main:
         found = json.loads((output / SUMMARY).read_text(encoding="utf-8"))["counts"]
         left_out = ", ".join(f"{count:,} {name}" for name, count in found.items() if count and name != "kept")

@@ -65,7 +65,6 @@ class Magnitude(Reparameterization):
         if count:
             size = found.abs()
             least = size.flatten().kthvalue(count + 1).values  # the smallest that is kept
-            found = found * (size - least).sign_().clamp_(max=0).add_(
-                1
-            )  # by 0 or 1: choosing takes several times as long
+            kept = (size - least).sign_().clamp_(max=0).add_(1)  # 0 or 1: choosing takes several times as long
+            found = found * kept
         return found.half().float() + 0.0  # −0 + 0 = 0, as the file gives

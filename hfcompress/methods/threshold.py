@@ -27,7 +27,7 @@ from hfcompress.errors import ConfigError, FormatError
 from hfcompress.reparameterization import Description, Latents, Reparameterization, Slot, array_in, symbols_in
 
 _START = 0.01  # the first threshold, in units of the weights' root mean square
-_SHARPNESS = 4  # of the soft count |w|^k / (|w|^k + g(s)^k)
+_SHARPNESS = 4  # of the soft count |w|^k / (|w|^k + g(s)^k); `_soft_count` squares twice for it
 
 
 @dataclass(frozen=True)
