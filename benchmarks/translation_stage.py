@@ -17,8 +17,9 @@ import torch
 from datasets import load_dataset
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
+from hfcompress.backends import Generate, encode
 from hfcompress.schema import Sequences
-from hfcompress.translate import Generate, Text, translate
+from hfcompress.translate import Text, translate
 
 
 def main() -> None:
@@ -42,7 +43,8 @@ def main() -> None:
 
     def plain() -> None:
         for begin in range(0, len(by_length), settings.batch_size):
-            backend(by_length[begin : begin + settings.batch_size])
+            batch = by_length[begin : begin + settings.batch_size]
+            backend(batch, encode(model, tokenizer, batch))
 
     def stage() -> None:
         with tempfile.TemporaryDirectory() as folder:

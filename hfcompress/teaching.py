@@ -4,10 +4,8 @@ import importlib.util
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets
 from rich.console import Console
@@ -15,6 +13,7 @@ from sacrebleu.metrics import BLEU
 from torch import nn
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase
 
+from hfcompress.backends import NO_CTRANSLATE2, Generate, ctranslate2_backend, encode
 from hfcompress.errors import ConfigError, TeacherError
 from hfcompress.loading import load
 from hfcompress.progress import bar
@@ -22,7 +21,7 @@ from hfcompress.schema import Distillation, Recipe, Sequences
 from hfcompress.sources import read_lines, read_split
 from hfcompress.tasks import Task, Translation
 from hfcompress.teacher_cache import Process, TeacherCache, write
-from hfcompress.translate import Backend, Generate, Text, finish, translate
+from hfcompress.translate import Text, finish, translate
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +31,6 @@ PAIRS = 100
 """So many pairs tell whether a teacher translates at all."""
 BREAKS = ("\r", "\v", "\f", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029")
 """Characters at which other programs end a line; here it ends at \\n only, as for `wc -l`."""
-
-_NO_ENGINE = "the engine ctranslate2 is not installed: pip install 'hfcompress[export]', or write engine: transformers"
 
 
 def prepare(
@@ -83,7 +80,7 @@ def foresee(wanted: Distillation, data_root: Path | None) -> None:
     if wanted.sequences is None:
         return
     if wanted.sequences.engine == "ctranslate2" and importlib.util.find_spec("ctranslate2") is None:
-        raise ConfigError(_NO_ENGINE)
+        raise ConfigError(NO_CTRANSLATE2)
     if wanted.sequences.monolingual is not None:
         read_lines((data_root or Path()) / wanted.sequences.monolingual)
 
@@ -113,8 +110,9 @@ def check_direction(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     pairs = pairs.select(range(min(PAIRS, len(pairs))))
     sources, references = list(pairs["source"]), list(pairs["target"])
     settings = Sequences(beams=1, n_best=1)
-    backend = Generate(model.to(PartialState().device).eval(), tokenizer, settings)
-    found = [best[0] for i in range(0, len(sources), 25) for best in backend(sources[i : i + 25])]
+    model = model.to(PartialState().device).eval()
+    backend, batches = Generate(model, tokenizer, settings), [sources[i : i + 25] for i in range(0, len(sources), 25)]
+    found = [best[0] for batch in batches for best in backend(batch, encode(model, tokenizer, batch))]
     bleu, back, copied = (_bleu(*pair) for pair in ((found, references), (found, sources), (sources, references)))
     if bleu < least:
         hint = "they resemble the sources: is it a teacher of the other direction? " if back > max(bleu, least) else ""
@@ -136,41 +134,6 @@ def monolingual(path: Path) -> Text:
     if len(full) < len(lines):
         logger.warning("%s: left out %d of %d lines: they are blank.", path, len(lines) - len(full), len(lines))
     return Text(path.name, full)
-
-
-def ctranslate2_backend(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Sequences) -> Backend:
-    """CTranslate2's translations by the same model in float32. Raises ConfigError: it is not installed."""
-    try:
-        import ctranslate2
-
-        from hfcompress.export_ctranslate2 import to_ctranslate2
-    except ImportError as error:
-        raise ConfigError(_NO_ENGINE) from error
-    with TemporaryDirectory() as folder:
-        whole, converted = Path(folder) / "whole", Path(folder) / "converted"
-        tokenizer.save_pretrained(whole)
-        model.config.save_pretrained(whole)
-        list(to_ctranslate2(model, whole, converted, None, None))
-        device = "cuda" if torch.cuda.is_available() and ctranslate2.get_cuda_device_count() else "cpu"
-        translator = ctranslate2.Translator(str(converted), device=device)
-    first = model.generation_config.forced_bos_token_id
-    longest = settings.max_new_tokens - (model.generation_config.forced_eos_token_id is not None)  # it is one of those
-    start = None if first is None else [tokenizer.convert_ids_to_tokens(first)]
-
-    def backend(sentences: list[str]) -> list[list[str]]:
-        ids = tokenizer(sentences, truncation=True)["input_ids"]
-        found = translator.translate_batch(
-            [tokenizer.convert_ids_to_tokens(line) for line in ids],
-            beam_size=settings.beams,
-            num_hypotheses=settings.n_best,
-            max_decoding_length=longest,
-            target_prefix=start and [start] * len(sentences),
-            max_input_length=0,
-        )
-        texts = ([tokenizer.convert_tokens_to_ids(tokens) for tokens in line.hypotheses] for line in found)
-        return [tokenizer.batch_decode(hypotheses, skip_special_tokens=True) for hypotheses in texts]
-
-    return backend
 
 
 class Shown:

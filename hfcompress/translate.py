@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow.parquet
 import torch
@@ -25,6 +25,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hfcompress import losses
+from hfcompress.backends import Backend, Encoded, Generate, encode
 from hfcompress.errors import DataError, ResumeError
 from hfcompress.files import write_atomically
 from hfcompress.filters import counts, judge
@@ -57,34 +58,6 @@ class Text:
     origin: str
     sources: Sequence[str]
     references: Sequence[str] | None = None
-
-
-class Backend(Protocol):
-    """Translates sentences: for each its n best, best first."""
-
-    def __call__(self, sentences: list[str]) -> list[list[str]]: ...
-
-
-class Generate:
-    """The backend that is transformers' own `generate`."""
-
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Sequences) -> None:
-        self.model, self.tokenizer, self.settings = model, tokenizer, settings
-
-    @torch.inference_mode()
-    def __call__(self, sentences: list[str]) -> list[list[str]]:
-        n = self.settings.n_best
-        batch = self.tokenizer(sentences, return_tensors="pt", padding=True, truncation=True)
-        ids = self.model.generate(
-            input_ids=batch["input_ids"].to(self.model.device),
-            attention_mask=batch["attention_mask"].to(self.model.device),
-            num_beams=self.settings.beams,
-            num_return_sequences=n,
-            do_sample=False,
-            max_new_tokens=self.settings.max_new_tokens,
-        )
-        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return [texts[i : i + n] for i in range(0, len(texts), n)]
 
 
 def translate(
@@ -176,14 +149,16 @@ def _translated(
         for start in range(0, len(order), settings.batch_size)
     ]
     with ThreadPoolExecutor(1) as beside:  # for chrF alone: neither tokenizers nor models are for two threads
-        picked: Future[None] | None = None
-        for batch, before in zip([*batches, []], [[], *batches]):
-            found = backend([row["source"] for row in batch]) if batch else []
-            if picked is not None:
-                picked.result()
-            picked = beside.submit(_pick, batch, found)
-            if before:
-                step(len(before), _score(before, model, tokenizer))
+        chosen: tuple[list[dict[str, Any]], Encoded, Future[None]] | None = None
+        for batch in [*batches, None]:
+            last = chosen
+            if batch is not None:
+                sources = [row["source"] for row in batch]
+                encoded = encode(model, tokenizer, sources)
+                chosen = batch, encoded, beside.submit(_pick, batch, backend(sources, encoded))
+            if last is not None:
+                last[2].result()
+                step(len(last[0]), _score(last[0], last[1], model, tokenizer))
     return rows
 
 
@@ -198,17 +173,19 @@ def _pick(batch: list[dict[str, Any]], found: list[list[str]]) -> None:
 
 
 @torch.inference_mode()
-def _score(batch: list[dict[str, Any]], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+def _score(
+    batch: list[dict[str, Any]], encoded: Encoded, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> int:
     """The teacher's score of what was picked, as students will read it. Gives the number of tokens."""
-    encoded = tokenizer([row["source"] for row in batch], text_target=[row["target"] for row in batch], truncation=True)
-    inputs = tokenizer.pad({"input_ids": encoded["input_ids"]}, return_tensors="pt").to(model.device)
-    lengths = [len(ids) for ids in encoded["labels"]]
+    targets = tokenizer(text_target=[row["target"] for row in batch], truncation=True)["input_ids"]
+    lengths = [len(ids) for ids in targets]
     labels = torch.full((len(batch), max(lengths)), losses.IGNORED)
-    for line, ids in zip(labels, encoded["labels"]):
+    for line, ids in zip(labels, targets):
         line[: len(ids)] = torch.tensor(ids)
     labels = labels.to(model.device)
     shifted = model.prepare_decoder_input_ids_from_labels(labels=labels)
-    logits = model(**inputs, decoder_input_ids=shifted).logits.float().flatten(0, 1)
+    output = model(attention_mask=encoded.mask, encoder_outputs=encoded.output(), decoder_input_ids=shifted)
+    logits = output.logits.float().flatten(0, 1)
     nats = cross_entropy(logits, labels.flatten(), ignore_index=losses.IGNORED, reduction="none").view_as(labels).sum(1)
     for row, loss, length in zip(batch, nats.tolist(), lengths):
         row["score"], row["tokens"] = -loss / length, length

@@ -23,6 +23,7 @@ from transformers import (
     set_seed,
 )
 
+from hfcompress.backends import Encoded
 from hfcompress.checkpoint import FILE_NAME, read, save
 
 TOKENS = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 2, "vocab_size": 60}
@@ -189,6 +190,19 @@ def test_other_dtypes_are_those_of_dense_weights(family: str, found: dict[str, d
 @pytest.mark.parametrize("family", FAMILIES)
 def test_placed_by_a_device_map(family: str, found: dict[str, dict[str, Any]]) -> None:
     assert [name for name, names in found[family].items() if name.startswith("placed") and names] == []
+
+
+@pytest.mark.parametrize("family", TRANSLATORS)
+def test_beams_from_states_encoded_before_are_those_from_the_sentences(family: str) -> None:
+    model = make(family).eval()
+    ids = make_inputs(model)["input_ids"]
+    mask = torch.ones_like(ids)
+    with torch.no_grad():
+        encoded = Encoded(ids, mask, model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state)
+        whole = model.generate(ids, attention_mask=mask, num_beams=3)
+        for _ in range(2):  # nor does the first change what the second reads
+            given = {"encoder_outputs": encoded.output(), "attention_mask": encoded.mask}
+            assert torch.equal(model.generate(encoded.ids, num_beams=3, **given), whole)
 
 
 @pytest.mark.parametrize("family", IMAGES)

@@ -31,13 +31,13 @@ networks data teacher_cache filters positions tokenizer results recipe_checks sa
 pictures
 crops
 augmentation
-evaluate translate recipe quantizer streams
+evaluate recipe quantizer streams
 loading inspection
 verify originals
 compress_rules
 hub compress export_ctranslate2 export_onnx
-trainer resume export
-card_text report tasks
+trainer resume export backends
+card_text report tasks translate
 card stages scoring measure teaching
 plain_card run translate_command
 compress_command

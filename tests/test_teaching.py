@@ -114,5 +114,5 @@ def test_what_cannot_be_asked_is_said_before_any_training(monkeypatch, tmp_path)
     with pytest.raises(DataError, match=r"news\.de"):
         foresee(Distillation(sequences=Sequences(monolingual="news.de")), tmp_path)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="engine ctranslate2 is not installed"):
+    with pytest.raises(ConfigError, match="CTranslate2 is not installed"):
         foresee(Distillation(sequences=Sequences(engine="ctranslate2")), tmp_path)

@@ -14,14 +14,15 @@ from sacrebleu.metrics import CHRF
 from test_tasks import translation
 from typer.testing import CliRunner
 
+from hfcompress.backends import Generate, ctranslate2_backend, encode
 from hfcompress.cli import app
 from hfcompress.errors import DataError, ResumeError, TeacherError
 from hfcompress.schema import Filters, Sequences
 from hfcompress.sources import read_split
 from hfcompress.tasks import task_of
 from hfcompress.teacher_cache import Process
-from hfcompress.teaching import check_direction, ctranslate2_backend, make_dataset, monolingual
-from hfcompress.translate import FEATURES, Generate, Text, finish, translate
+from hfcompress.teaching import check_direction, make_dataset, monolingual
+from hfcompress.translate import FEATURES, Text, finish, translate
 
 ALL = Filters(worst=0.0, least_score=-1e9, length_ratio=1e9)
 SETTINGS = Sequences(beams=3, n_best=3, batch_size=8, max_new_tokens=8, shard_rows=16, filters=ALL)
@@ -70,7 +71,10 @@ def test_a_dataset_with_its_provenance(taught, tmp_path):
         if row["origin"] == "more":
             assert row["reference"] is row["chrf"] is None and row["rank"] == 0
     row = made[0]
-    nbest = [CHRF().sentence_score(h, [row["reference"]]).score for h in generate([row["source"]])[0]]
+    nbest = [
+        CHRF().sentence_score(h, [row["reference"]]).score
+        for h in generate([row["source"]], encode(model, tokenizer, [row["source"]]))[0]
+    ]
     assert row["chrf"] == pytest.approx(max(nbest)) and row["rank"] == nbest.index(max(nbest))
 
 
@@ -90,9 +94,9 @@ def test_what_was_translated_is_not_translated_again(taught, tmp_path):
     sentences = []
 
     class Counting(Generate):
-        def __call__(self, given):
+        def __call__(self, given, encoded):
             sentences.extend(given)
-            return super().__call__(given)
+            return super().__call__(given, encoded)
 
     def go(settings=SETTINGS, given=None):
         sentences.clear()
@@ -145,7 +149,8 @@ def test_ctranslate2_says_the_same(taught, tmp_path):
         for engine in ("transformers", "ctranslate2")
     ]
     assert made[0]["target"] == made[1]["target"]
-    beam = ctranslate2_backend(model, tokenizer, SETTINGS)(list(pairs["source"][:3]))
+    given = list(pairs["source"][:3])
+    beam = ctranslate2_backend(model, tokenizer, SETTINGS)(given, encode(model, tokenizer, given))
     assert [len(hypotheses) for hypotheses in beam] == [3, 3, 3]
 
 
