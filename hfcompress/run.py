@@ -33,7 +33,7 @@ from hfcompress.saving import dequantize
 from hfcompress.schema import Network, Recipe
 from hfcompress.stages import MARKER, Stage, fingerprints, finished, found, slow_on, train, training_arguments
 from hfcompress.students import cut_of
-from hfcompress.tasks import Task, Translation, task_of
+from hfcompress.tasks import Task, task_of
 from hfcompress.teacher import check
 from hfcompress.teacher_cache import TeacherCache
 
@@ -210,10 +210,6 @@ class Run:
         return name == "teacher" or (name == "student" and self.recipe.teacher is None and given)
 
     def _as_it_is(self, name: str, folder: Path, model: PreTrainedModel, task: Task) -> Stage:
-        least = self.recipe.distillation.least_bleu
-        if name == "teacher" and isinstance(task, Translation) and least:
-            bleu = teaching.check_direction(model, task.tokenizer, task.splits.validation, least)
-            self._say(f"{name}: BLEU {bleu:.1f} on the first validation pairs")
         if self.main:
             dequantize(model).save_pretrained(folder)  # a teacher may come from a compressed file
             task.save_processing(folder)

@@ -112,7 +112,7 @@ class Distillation:
     temperature: float = Field(default=2.0, gt=0)
     sequences: Sequences | None = None
     cache: int | None = Field(default=None, ge=1)  # ask the teacher once, keep so many classes a token
-    least_bleu: float = Field(default=5.0, ge=0)  # of a translating teacher used as it is, on 100 validation pairs
+    least_bleu: float = Field(default=5.0, ge=0)  # the teacher's, on 100 validation pairs; 0: any
 
 
 def _own_refusals_too(fields: object, construct: ValidatorFunctionWrapHandler) -> object:

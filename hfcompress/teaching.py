@@ -38,10 +38,16 @@ def prepare(
 ) -> nn.Module | TeacherCache:
     """What students are trained with: the teacher of that folder, or its cache; `task` then has its translations.
 
-    Shared out to all processes, kept in `stages`, resumed there. console: of the main process, for bars.
+    Shared out to all processes, kept in `stages`, resumed there. console: of the main process, for bars. Raises
+    TeacherError: it is to translate, or is used as it is, and does not translate the first validation pairs.
     """
     model = load(teacher)
     wanted = recipe.distillation
+    begun = any((stages / name).is_dir() for name in FOLDERS)
+    if isinstance(task, Translation) and not begun and _must_translate(recipe):
+        bleu = check_direction(model, task.tokenizer, task.splits.validation, wanted.least_bleu)
+        if console is not None:
+            console.print(f"teacher: BLEU {bleu:.1f} on the first validation pairs", highlight=False)
     if isinstance(task, Translation) and wanted.sequences is not None:
         train = task.sentences(stages / FOLDERS[0] / "sentences")
         texts = [Text("train", train["source"], train["target"])]
@@ -70,6 +76,13 @@ def prepare(
         )
     PartialState().wait_for_everyone()
     return TeacherCache(folder)
+
+
+def _must_translate(recipe: Recipe) -> bool:
+    """Whether the teacher's own translations are looked at first: students read them, or it was trained elsewhere."""
+    wanted, network = recipe.distillation, recipe.teacher
+    elsewhere = network is not None and network.training is None
+    return wanted.least_bleu > 0 and (elsewhere or wanted.sequences is not None)
 
 
 def foresee(wanted: Distillation, data_root: Path | None) -> None:

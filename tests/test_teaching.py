@@ -1,6 +1,7 @@
 """A run whose teacher translates, answers once, and shares a trimmed vocabulary with its student."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,7 @@ def recipe(**changes):
         "vocabulary": Vocabulary(size=300),
         "teacher": Network(marian=TINY, training={}),
         "student": Network(from_teacher=STUDENT, training={}),
-        "distillation": Distillation(sequences=SEQUENCES, cache=4, temperature=1.0),
+        "distillation": Distillation(sequences=SEQUENCES, cache=4, temperature=1.0, least_bleu=0.0),
         "training": TRAINING,
     }
     return Recipe(**{"name": "taught", "compression": ANYHOW, "evaluation": QUICK, **sections, **changes})
@@ -96,12 +97,21 @@ def test_a_pretrained_teacher_is_trimmed_and_its_direction_checked(first, tmp_pa
     pretrained = Network(pretrained=str(folder / "stages" / "teacher"))
     given = {"vocabulary": None, "teacher": pretrained}
     with pytest.raises(TeacherError, match=r"of the first 100 pairs have BLEU 0\.\d, under the least of 5"):
-        train(recipe(**given), tmp_path / "refused")
+        train(recipe(**given, distillation=Distillation(temperature=1.0)), tmp_path / "refused")
     unchecked = Distillation(least_bleu=0.0, temperature=1.0)
     small = {**given, "translation": recipe().translation.__class__(**{**vars(recipe().translation), "train_rows": 60})}
     stages, _ = train(recipe(**small, distillation=unchecked), tmp_path / "run")
     sizes = [load(f).config.vocab_size for f in (folder / "stages" / "teacher", stages["teacher"].folder)]
     assert sizes[1] < sizes[0] and load(stages["student"].folder).config.vocab_size == sizes[1]
+
+
+def test_a_trained_teacher_who_does_not_translate_is_kept_but_not_asked(tmp_path):
+    wanted = Distillation(sequences=SEQUENCES, temperature=1.0)
+    with pytest.raises(TeacherError, match="under the least of 5"):
+        train(recipe(distillation=wanted), tmp_path)
+    assert not (tmp_path / "stages" / "translations").exists()
+    _, said = train(recipe(distillation=replace(wanted, least_bleu=0.0)), tmp_path, resume=True)
+    assert "teacher: done before" in said and "translating: 150 of 150 rows" in said
 
 
 def test_only_a_teacher_who_translates_can_do_that():
