@@ -13,6 +13,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import ClassLabel, Dataset, Image, concatenate_datasets
 
 from hfcompress import corpora
@@ -45,7 +46,7 @@ def load_translation(data: TranslationData, data_root: Path | None = None, read:
     read = read or reader(data, data_root)
 
     def pairs(split: str, rows: int | None = None) -> Dataset:
-        return _first(_pairs(read(split), data, split), rows)
+        return _spread(_pairs(read(split), data, split), rows)
 
     train = _without_gaps(pairs(data.train, data.train_rows), data.train)
     test = _complete(pairs(data.test, data.test_rows), data.test)
@@ -66,9 +67,9 @@ def load_images(data: ImageData, data_root: Path | None = None, read: Read | Non
     classes = _classes(whole_train, data.train)
 
     def labelled(split: str, rows: int | None = None) -> Dataset:
-        return _labelled(_first(_images(read(split), data, split), rows), classes, split)
+        return _labelled(_spread(_images(read(split), data, split), rows), classes, split)
 
-    train = _labelled(_first(whole_train, data.train_rows), classes, data.train)
+    train = _labelled(_spread(whole_train, data.train_rows), classes, data.train)
     test = labelled(data.test, data.test_rows)
     if data.validation is not None:
         return Splits(train, labelled(data.validation, data.validation_rows), test)
@@ -249,8 +250,11 @@ def _not_empty(rows: Dataset, split: str) -> None:
         raise DataError(f"Split {split!r} has no rows.")
 
 
-def _first(rows: Dataset, limit: int | None) -> Dataset:
-    return rows if limit is None else rows.select(range(min(limit, len(rows))))
+def _spread(rows: Dataset, limit: int | None) -> Dataset:
+    """So many rows, evenly from first to last: files are often sorted, by class, by length, by origin."""
+    if limit is None or limit >= len(rows):
+        return rows
+    return rows.select(np.arange(limit) * len(rows) // limit)
 
 
 def _hold_out(train: Dataset, data: Source, keys: Iterable[Any]) -> tuple[Dataset, Dataset]:
@@ -265,4 +269,4 @@ def _hold_out(train: Dataset, data: Source, keys: Iterable[Any]) -> tuple[Datase
             f"validation_fraction {data.validation_fraction} of {len(train)} training rows leaves "
             f"{len(rest)} to train on and {len(chosen)} to validate on: both must be more than none."
         )
-    return train.select(rest), _first(train.select(chosen), data.validation_rows)
+    return train.select(rest), _spread(train.select(chosen), data.validation_rows)

@@ -26,7 +26,7 @@ class Source:
     validation: str | None = "validation"
     test: str = "test"
     validation_fraction: float = Field(default=0.0, ge=0, lt=1)  # held out of train where validation is null
-    train_rows: int | None = Field(default=None, ge=1)  # use only the first rows of the training split
+    train_rows: int | None = Field(default=None, ge=1)  # so many, spread evenly over the split; of a stream the first
     validation_rows: int | None = Field(default=None, ge=1)
     test_rows: int | None = Field(default=None, ge=1)
     # read the training split as it is trained on, in place of loading it whole; needs training's max_steps
