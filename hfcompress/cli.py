@@ -178,6 +178,10 @@ def evaluate(
         Optional[list[Split]],  # noqa: UP045
         typer.Option(help="Which of the recipe's splits to score on [default: test]", show_default=False),
     ] = None,
+    changes: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--set", help="section.key=value of the recipe, as in evaluation.beams=1"),
+    ] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write scores and outputs here.")] = None,
 ) -> None:
     """Score models on a recipe's test or validation split. They are loaded as plain transformers loads them.
@@ -186,7 +190,7 @@ def evaluate(
     """
     from hfcompress.recipe import find, load
 
-    recipes = load(find(recipe))  # before what takes seconds to import
+    recipes = load(find(recipe), changes or [])  # before what takes seconds to import
 
     from hfcompress.files import write_atomically
     from hfcompress.scoring import score_all

@@ -55,6 +55,15 @@ def test_evaluate_on_both_splits(digits, said):
     assert found["samples"][0]["source"] == "validation image 0"
 
 
+def test_the_recipe_changed_for_once(digits, said):
+    given = ("evaluate", digits / "model [1]", "--recipe", digits / "tiny.yaml")
+    done = hfcompress(said, *given, "--set", "images.test_rows=7", "--set", "seed=3", "--json", said / "scores")
+    (found,) = json.loads((said / "scores").read_bytes()).values()
+    assert done.code == 0 and len(found["samples"]) == 7
+    done = hfcompress(said, *given, "--set", "images.tests=7")
+    assert done.code == 2 and "tests" in done.err and "test" in done.err
+
+
 def test_folders_of_one_name_are_told_apart(digits, said, tmp_path):
     for place in ("a", "b"):
         shutil.copytree(digits / "model [1]", tmp_path / place / "model")
