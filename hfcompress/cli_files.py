@@ -50,7 +50,7 @@ def compress(
     ] = None,
     method: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="Another method than the entropy-coded grid, as in uniform."),
+        typer.Option(help="Another method than the entropy-coded grid, as in uniform: docs/methods.md."),
     ] = None,
     rules: Annotated[
         Optional[Path],  # noqa: UP045
