@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hfcompress.compressor import WRAPPER_PREFIX, Compressor, kind_of, unsaved
+from hfcompress.claims import WRAPPER_PREFIX, kind_of, unsaved
+from hfcompress.compressor import Compressor
 from hfcompress.container import Reader, StoredSlot, Writer
 from hfcompress.errors import FormatError
 from hfcompress.files import write_atomically

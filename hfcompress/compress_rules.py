@@ -11,7 +11,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked
 from transformers import PreTrainedModel
 
-from hfcompress.compressor import kind_of
+from hfcompress.claims import kind_of
 from hfcompress.errors import ConfigError
 from hfcompress.methods import BY_NAME, Dense
 from hfcompress.originals import saved_tensors

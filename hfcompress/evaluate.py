@@ -19,7 +19,7 @@ from transformers import (
 
 from hfcompress import zoo
 from hfcompress.checkpoint import FILE_NAME
-from hfcompress.compressor import unsaved
+from hfcompress.claims import unsaved
 from hfcompress.errors import DataError
 from hfcompress.networks import check_classifier, from_pretrained
 from hfcompress.pictures import Pictures

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from hfcompress import zoo
-from hfcompress.compressor import unsaved
+from hfcompress.claims import unsaved
 from hfcompress.errors import ConfigError, DataError
 from hfcompress.schema import ImageData, Network
 from hfcompress.students import from_teacher

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from hfcompress.compressor import unsaved
+from hfcompress.claims import unsaved
 from hfcompress.errors import ConfigError, DataError
 from hfcompress.loading import class_for
 from hfcompress.sealed import FORMAT

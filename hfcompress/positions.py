@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hfcompress.compressor import unsaved
+from hfcompress.claims import unsaved
 
 _CLASS = "MarianSinusoidalPositionalEmbedding"
 _TRIED = 3  # rows of a table that are compared with those of transformers

@@ -22,7 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hfcompress import positions, zoo
 from hfcompress.checkpoint import FILE_NAME, check_names, read, wrapper_prefix
-from hfcompress.compressor import WRAPPER_PREFIX, unsaved
+from hfcompress.claims import WRAPPER_PREFIX, unsaved
 from hfcompress.container import Reader
 from hfcompress.errors import ConfigError, FormatError
 from hfcompress.saving import remember

@@ -13,7 +13,7 @@ import torch
 from transformers.utils import logging
 
 from hfcompress.checkpoint import FILE_NAME, read, wrapper_prefix
-from hfcompress.compressor import unsaved
+from hfcompress.claims import unsaved
 from hfcompress.container import Reader
 from hfcompress.errors import FormatError, HFCompressError
 from hfcompress.files import write_atomically

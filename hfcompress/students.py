@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from hfcompress.compressor import unsaved
+from hfcompress.claims import unsaved
 from hfcompress.errors import ConfigError
 from hfcompress.schema import Layers
 

@@ -9,7 +9,8 @@ from methods import TABLE, Scaled, name_of
 from torch import nn
 from toys import Toy, compress, loss_of
 
-from hfcompress.compressor import Compressor, kind_of
+from hfcompress.claims import kind_of
+from hfcompress.compressor import Compressor
 from hfcompress.errors import ConfigError
 from hfcompress.methods import Dense, Uniform
 from hfcompress.reparameterization import Kind, Reparameterization

@@ -18,7 +18,7 @@ coding.fast coding.pool coding.classes
 coding.rans
 coding.plan coding.decoder dependent
 reparameterization target
-controller
+controller claims
 methods.dense methods.entropy methods.hashing methods.levels methods.threshold methods.uniform
 methods.magnitude
 methods index

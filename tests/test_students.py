@@ -11,7 +11,7 @@ from small import bart, collate, equal, marian, names, resnet, t5, translation_t
 from transformers import AutoModelForSeq2SeqLM, MBartConfig, set_seed
 
 from hfcompress import load
-from hfcompress.compressor import unsaved
+from hfcompress.claims import unsaved
 from hfcompress.errors import ConfigError
 from hfcompress.schema import Layers
 from hfcompress.students import cut_of, evenly_spaced, from_teacher
