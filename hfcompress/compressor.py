@@ -97,15 +97,17 @@ class Compressor:
 
     def write(self, *, hard: bool = True) -> None:
         """Decode every weight into its parameter, in place. `hard=False`: with the draws of this training step."""
-        for entry in self.entries.values():
-            if hard and entry.method.noisy:
-                with torch.no_grad():
-                    weight = entry.method.decode(entry.latents, entry.slot, hard=True)
-            else:
-                weight = self._decode(entry)
-                # the graph waits for the gradient; its value lives in the parameter and is not kept twice
-                entry.edge = get_gradient_edge(weight) if weight.requires_grad else None
-            entry.parameter.data.copy_(weight.detach())
+        for group in self._groups:
+            common = group[0].method.common(group[0].latents)
+            for entry in group:
+                if hard and entry.method.noisy:
+                    with torch.no_grad():
+                        weight = entry.method.decode({**entry.latents, **common}, entry.slot, hard=True)
+                else:
+                    weight = self._decode(entry, common)
+                    # the graph waits for the gradient; its value lives in the parameter and is not kept twice
+                    entry.edge = get_gradient_edge(weight) if weight.requires_grad else None
+                entry.parameter.data.copy_(weight.detach())
 
     def pull_back(self) -> None:
         """Turn the parameters' gradients into the latents', and add the rate's. Advances the step of the draws.
@@ -117,7 +119,7 @@ class Compressor:
             if entry.parameter.grad is None:
                 continue  # frozen or unused: only the rate moves its latents
             if edge is None:
-                weight = self._decode(entry)
+                weight = self._decode(entry, {})
                 if not weight.requires_grad:
                     continue
                 edge = get_gradient_edge(weight)
@@ -210,10 +212,10 @@ class Compressor:
         key = f"{self.seed}/{self.step}/{entry.slot.name}".encode()
         return replace(entry.slot, draw=int.from_bytes(blake2b(key, digest_size=7).digest(), "big"))
 
-    def _decode(self, entry: Entry) -> Tensor:
+    def _decode(self, entry: Entry, common: Latents) -> Tensor:
         slot = self._drawn(entry) if entry.method.noisy else entry.slot
         with torch.enable_grad():
-            return entry.method.decode(entry.latents, slot, hard=False)
+            return entry.method.decode({**entry.latents, **common}, slot, hard=False)
 
 
 def _check_same(found: dict[str, Latents], wanted: dict[str, Latents]) -> None:

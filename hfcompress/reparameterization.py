@@ -90,6 +90,11 @@ class Reparameterization(ABC):
     def decode(self, latents: Latents, slot: Slot, *, hard: bool) -> Tensor:
         """The weight, of ``slot.shape``; differentiable in the float latents. `hard`: exactly what a file gives."""
 
+    def common(self, latents: Latents) -> Latents:
+        """What every slot of a group would work out anew from the latents they share: constants of one decode of them
+        all, which `decode` finds among its latents, or makes itself; a test holds both equal."""
+        return {}
+
     @abstractmethod
     def rate(self, latents: Latents, slot: Slot) -> Tensor:
         """Bits to store this slot: a scalar, differentiable where the method can make it so."""

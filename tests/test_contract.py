@@ -116,6 +116,22 @@ def test_fill(case: Case, hard: bool) -> None:
     assert weight.isfinite().all()
 
 
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if type(case.method).common is not Reparameterization.common], ids=str
+)
+def test_what_is_common_to_a_group_changes_nothing(case: Case) -> None:
+    found = []
+    for has in (True, False):
+        latents = case.trained()
+        common = case.method.common(latents) if has else {}
+        assert not any(constant.requires_grad for constant in common.values()) and bool(common) == has
+        weight = case.method.decode({**latents, **common}, case.slot, hard=False)
+        weight.backward(torch.linspace(-1, 1, weight.numel(), dtype=weight.dtype).view(weight.shape))
+        found.append([weight, *(z.grad for z in latents.values() if z.grad is not None)])
+    assert len(found[0]) == len(found[1]) > 1
+    assert all(same_bits(a, b) for a, b in zip(*found))
+
+
 @every_case
 def test_learn(case: Case) -> None:
     latents = case.latents()

@@ -33,6 +33,8 @@ from hfcompress.reparameterization import Description, Latents, Reparameterizati
 
 _AMPLITUDE_BITS = 16
 _SCALE_BITS = 32
+_LEFT = "left_codes", "left_amplitude"
+_RIGHT = "right_codes", "right_amplitude"
 
 
 @dataclass(frozen=True)
@@ -82,14 +84,20 @@ class MultiHash(Reparameterization):
             "deviation": _deviation(weight.detach()),
         }
 
+    def common(self, latents: Latents) -> Latents:
+        """The rounded factors, whole."""
+        with torch.no_grad():
+            left, right = self._quantize(latents["left"], 1), self._quantize(latents["right"], 0)
+        return {name: part for names, parts in ((_LEFT, left), (_RIGHT, right)) for name, part in zip(names, parts)}
+
     def decode(self, latents: Latents, slot: Slot, *, hard: bool) -> Tensor:
-        if "left_codes" in latents:
-            left = latents["left_codes"].float(), latents["left_amplitude"]
-            right = latents["right_codes"].float(), latents["right_amplitude"]
+        if "scale" in latents:  # from a file
+            left, right = (_named(latents, names) for names in (_LEFT, _RIGHT))
             return self._cut(left, right, latents["scale"], slot).reshape(slot.shape)
-        deviation = latents["deviation"]
+        deviation, found = latents["deviation"], latents if _LEFT[0] in latents else self.common(latents)
         scale = deviation.float() * latents["gain"].float()
-        flat: Tensor = _Cut.apply(latents["left"], latents["right"], scale, self, slot)
+        rounded = (*_named(found, _LEFT), *_named(found, _RIGHT))
+        flat: Tensor = _Cut.apply(latents["left"], latents["right"], scale, *rounded, self, slot)
         return flat.to(deviation.dtype).reshape(slot.shape)
 
     def rate(self, latents: Latents, slot: Slot) -> Tensor:
@@ -179,34 +187,40 @@ class MultiHash(Reparameterization):
 class _Cut(torch.autograd.Function):
     """`MultiHash._cut` of the rounded factors; the gradient passes straight through the rounding.
 
-    Nothing but the factors themselves waits for the gradient: they are rounded a second time then.
+    What waits for the gradient is what all slots have in common.
     """
 
     @staticmethod
-    def forward(ctx: Any, left: Tensor, right: Tensor, scale: Tensor, method: MultiHash, slot: Slot) -> Tensor:
-        ctx.save_for_backward(left, right, scale)
+    def forward(ctx: Any, left: Tensor, right: Tensor, scale: Tensor, *given: Any) -> Tensor:
+        left_codes, left_amplitude, right_codes, right_amplitude, method, slot = given
+        ctx.save_for_backward(scale, left_codes, left_amplitude, right_codes, right_amplitude)
         ctx.method, ctx.slot = method, slot
         rows, columns, _ = _place(slot)
-        return method._cut(method._quantize(left[rows], 1), method._quantize(right[:, columns], 0), scale, slot)
+        own, other = (left_codes[rows], left_amplitude[rows]), (right_codes[:, columns], right_amplitude[:, columns])
+        cut: Tensor = method._cut(own, other, scale, slot)
+        return cut
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        left, right, scale = ctx.saved_tensors
+        scale, left_codes, left_amplitude, right_codes, right_amplitude = ctx.saved_tensors
         rows, columns, skip = _place(ctx.slot)
-        own, own_amplitude = ctx.method._quantize(left[rows], 1)
-        other, other_amplitude = ctx.method._quantize(right[:, columns], 0)
-        own.mul_(own_amplitude / ctx.method._top)
-        other.mul_(other_amplitude / ctx.method._top)
+        own = left_codes[rows] * (left_amplitude[rows] / ctx.method._top)
+        other = right_codes[:, columns] * (right_amplitude[:, columns] / ctx.method._top)
         along = gradient.new_empty(len(own) * other.shape[1])
         along[:skip], along[skip + gradient.numel() :] = 0, 0
         along[skip : skip + gradient.numel()] = gradient
         along = along.view(len(own), other.shape[1])
-        to_left, to_right = torch.zeros_like(left), torch.zeros_like(right)
+        to_left, to_right = torch.zeros_like(left_codes), torch.zeros_like(right_codes)
         through = torch.mm(along, other.t(), out=to_left[rows])  # but for the scale
         to_scale = torch.dot(own.view(-1), through.view(-1))
         through.mul_(scale)
         torch.mm(own.mul_(scale).t(), along, out=to_right[:, columns])
-        return to_left, to_right, to_scale, None, None
+        return to_left, to_right, to_scale, *(None for _ in range(6))
+
+
+def _named(latents: Latents, names: tuple[str, str]) -> tuple[Tensor, Tensor]:
+    """Codes of a factor as float32, and its amplitudes."""
+    return latents[names[0]].float(), latents[names[1]]
 
 
 def _side(total: int) -> int:
