@@ -10,6 +10,8 @@ from hfcompress.errors import ConfigError
 from hfcompress.files import write_atomically
 
 RESULTS, RECIPE, STAGES, VALIDATION = "results.json", "recipe.yaml", "stages", "validation.json"
+MARKER = "stage.json"
+"""In a stage's folder: it is finished."""
 
 
 class Output:

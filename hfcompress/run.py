@@ -8,6 +8,7 @@ teacher ──▶ student ──▶ post_training          stages/…: each trai
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +26,15 @@ from hfcompress.files import write_atomically
 from hfcompress.loading import load as load_model
 from hfcompress.measure import paired_tests, row_of, score_afresh
 from hfcompress.networks import parameters
-from hfcompress.output import RECIPE, RESULTS, STAGES, VALIDATION, Output
+from hfcompress.output import MARKER, RECIPE, RESULTS, STAGES, VALIDATION, Output
 from hfcompress.progress import quiet_libraries
 from hfcompress.recipe import command_line, dump, load
 from hfcompress.results import DataFacts, Results, Row, Sample, by_kind
 from hfcompress.saving import dequantize
 from hfcompress.schema import Network, Recipe
-from hfcompress.stages import MARKER, Stage, fingerprints, finished, found, slow_on, train, training_arguments
+from hfcompress.stages import Stage, fingerprint, fingerprints, finished, found, slow_on, train, training_arguments
 from hfcompress.students import cut_of
-from hfcompress.tasks import Task, task_of
+from hfcompress.tasks import Task, data_settings, task_of
 from hfcompress.teacher import check
 from hfcompress.teacher_cache import TeacherCache
 
@@ -236,9 +237,12 @@ class Run:
     def _score(self, stages: dict[str, Stage]) -> tuple[Results, list[Sample]]:
         """Every stage's folder, scored by a fresh process that has only the files."""
         self._say("scoring the files in a fresh process")
-        path, folders = self.output / STAGES / "scores.json", [stage.folder for stage in stages.values()]
+        folders = [stage.folder for stage in stages.values()]
+        path, *known = (folder / STAGES / "scores.json" for folder in (self.output, *self.reuse_from))
         splits = ("test", "validation") if self.validation else ("test",)
-        scored = score_afresh(folders, self.output / RECIPE, path, self.data_root, splits)
+        asked = data_settings(self.recipe), asdict(self.recipe.evaluation), report.versions(), report.hardware()
+        where = self.output / RECIPE, path, self.data_root
+        scored = score_afresh(folders, *where, splits, settings=fingerprint(*asked), known=known)
         rows: list[Row] = []
         for name, stage in stages.items():
             rows.append(row_of(name, stage.folder, scored[str(stage.folder)]["scores"], rows))

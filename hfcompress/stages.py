@@ -22,14 +22,13 @@ from transformers import (
 
 from hfcompress.errors import ConfigError, ResumeError
 from hfcompress.files import write_atomically
+from hfcompress.output import MARKER
 from hfcompress.passes import Passes
 from hfcompress.progress import TrainingProgress
 from hfcompress.resume import CommitCheckpoints, newest, seconds_of
 from hfcompress.schema import Recipe
 from hfcompress.tasks import AugmentedImages, Task, data_settings
 from hfcompress.trainer import hold_padding_row
-
-MARKER = "stage.json"
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,10 @@ from rich.console import Console
 from hfcompress.errors import ConfigError, Interrupted
 from hfcompress.files import write_atomically
 from hfcompress.jobs import Job
-from hfcompress.output import RECIPE, RESULTS, STAGES, VALIDATION
+from hfcompress.output import MARKER, RECIPE, RESULTS, STAGES, VALIDATION
 from hfcompress.recipe import command_line, dump
 from hfcompress.signals import stop_signals_call
-from hfcompress.stages import MARKER, fingerprints
+from hfcompress.stages import fingerprints
 from hfcompress.sweep_report import plot, write_table
 from hfcompress.sweep_results import SweepResults, cell_folder, error_file, gather
 from hfcompress.sweep_schema import Cell, Plan

@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import shutil
+import subprocess
 import threading
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from hfcompress import cli
 from hfcompress.checkpoint import FILE_NAME, save
 from hfcompress.data import label_names, load_images
 from hfcompress.errors import DataError
+from hfcompress.measure import score_afresh
 from hfcompress.networks import classifier
 from hfcompress.recipe import load
 from hfcompress.scoring import told_apart
@@ -62,6 +64,25 @@ def test_the_recipe_changed_for_once(digits, said):
     assert done.code == 0 and len(found["samples"]) == 7
     done = hfcompress(said, *given, "--set", "images.tests=7")
     assert done.code == 2 and "tests" in done.err and "test" in done.err
+
+
+def test_what_was_scored_of_the_same_files_is_not_scored_again(digits, tmp_path, monkeypatch):
+    model, copy, recipe = digits / "model [1]", tmp_path / "copy", digits / "tiny.yaml"
+    (first,) = score_afresh([model], recipe, tmp_path / "first", None, settings="these").values()
+    shutil.copytree(model, copy)
+    (copy / "stage.json").write_text("{}", encoding="utf-8")  # how it was made is not what is scored
+    run = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda *command, **options: pytest.fail("scored again"))
+    given, known = ([copy], recipe, tmp_path / "second", None), [tmp_path / "nowhere", tmp_path / "first"]
+    assert score_afresh(*given, settings="these", known=known) == {str(copy): first}
+    assert score_afresh(*given, settings="these") == {str(copy): first}  # its own, of before
+    for changed in ({"settings": "those"}, {"settings": "these", "splits": ("validation",)}):
+        with pytest.raises(pytest.fail.Exception, match="scored again"):
+            score_afresh(*given, known=known, **changed)
+    (copy / "config.json").write_bytes((copy / "config.json").read_bytes() + b"\n")
+    monkeypatch.setattr(subprocess, "run", run)
+    (again,) = score_afresh(*given, settings="these", known=known).values()
+    assert again["key"] != first["key"] and again["scores"] == first["scores"]
 
 
 def test_folders_of_one_name_are_told_apart(digits, said, tmp_path):
