@@ -211,11 +211,24 @@ def _draw_reference(axes: Axes, results: SweepResults, points: list[PointRecord]
 
 
 def _draw_paper(axes: Axes, results: SweepResults) -> None:
-    sizes = {point.name: point.bytes for point in results.points}
+    """Crosses, each with its label: towards the middle, and above or below in turn among those of like height."""
+    sizes = {point.name: point.bytes.mean for point in results.points if point.bytes}
+    marks: list[tuple[float, float, str]] = []
     for figure in results.paper:
-        ours = sizes.get(figure.point or "")
-        size = figure.bytes or (ours.mean if ours else None)  # without bytes of its own it stands above our point
-        if size is not None:
-            axes.plot([size], [figure.score], color=_PAPER, marker="x", linestyle="", markersize=7)
-            note = figure.label if figure.bytes else f"{figure.label} (our bytes)"
-            axes.annotate(note, (size, figure.score), xytext=(5, 4), textcoords="offset points", fontsize=7)
+        ours = sizes.get(figure.point or "")  # without bytes of its own it stands above our point
+        if figure.bytes:
+            marks.append((figure.bytes, figure.score, figure.label))
+        elif ours is not None:
+            marks.append((ours, figure.score, f"{figure.label} (our bytes)"))
+    seen = [*sizes.values(), *(size for size, _, _ in marks)]
+    for number, (size, score, note) in enumerate(sorted(marks, key=lambda mark: mark[1])):
+        axes.plot([size], [score], color=_PAPER, marker="x", linestyle="", markersize=7)
+        left = size * size > min(seen) * max(seen)
+        axes.annotate(
+            note,
+            (size, score),
+            xytext=(-5 if left else 5, -10 if number % 2 else 4),
+            textcoords="offset points",
+            ha="right" if left else "left",
+            fontsize=7,
+        )
