@@ -66,7 +66,7 @@ def claim(model: nn.Module, rules: Sequence[RuleLike]) -> list[tuple[int, str, K
             )
         claims += [(pick, name, kind, parameter) for pick in picks if pick is not None]
     for position, rule in enumerate(rules):
-        if not any(claim[0] == position for claim in claims):
+        if not any(pick == position for pick, *_ in claims):
             kinds = ", ".join(k.value for k in rule.kinds)
             examples = ", ".join(name.removeprefix(WRAPPER_PREFIX) for name, _ in list(model.named_parameters())[:3])
             raise ConfigError(

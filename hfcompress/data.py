@@ -81,6 +81,15 @@ def is_local(data: Source, data_root: Path | None) -> bool:
     return data.folder is not None and (data_root is not None or data.hub is None)
 
 
+def stamps(data: Source, data_root: Path | None) -> list[tuple[str, int, int]]:
+    """Name, size and time of the folder's files, by which a change of them is noticed; none where no folder is read."""
+    if not is_local(data, data_root):
+        return []
+    folder = Path(data_root or ".") / (data.folder or "")
+    found = ((file, file.stat()) for file in sorted(folder.rglob("*")) if file.is_file())
+    return [(file.relative_to(folder).as_posix(), stat.st_size, stat.st_mtime_ns) for file, stat in found]
+
+
 def label_names(splits: Splits) -> list[str]:
     """Names of the classes, in the order of their labels."""
     return list(splits.train.features["label"].names)

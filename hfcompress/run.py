@@ -8,7 +8,6 @@ teacher ──▶ student ──▶ post_training          stages/…: each trai
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from hfcompress.saving import dequantize
 from hfcompress.schema import Network, Recipe
 from hfcompress.stages import Stage, fingerprint, fingerprints, finished, found, slow_on, train, training_arguments
 from hfcompress.students import cut_of
-from hfcompress.tasks import Task, data_settings, task_of
+from hfcompress.tasks import Task, scoring_settings, task_of
 from hfcompress.teacher import check
 from hfcompress.teacher_cache import TeacherCache
 
@@ -240,7 +239,7 @@ class Run:
         folders = [stage.folder for stage in stages.values()]
         path, *known = (folder / STAGES / "scores.json" for folder in (self.output, *self.reuse_from))
         splits = ("test", "validation") if self.validation else ("test",)
-        asked = data_settings(self.recipe), asdict(self.recipe.evaluation), report.versions(), report.hardware()
+        asked = scoring_settings(self.recipe, self.data_root), report.versions(), report.hardware()
         where = self.output / RECIPE, path, self.data_root
         scored = score_afresh(folders, *where, splits, settings=fingerprint(*asked), known=known)
         rows: list[Row] = []

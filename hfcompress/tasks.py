@@ -25,7 +25,7 @@ from transformers import (
 from hfcompress import losses
 from hfcompress.augmentation import AugmentedImages, StreamedImages
 from hfcompress.crops import ResizedCrops
-from hfcompress.data import Splits, is_local, label_names, load_images, load_translation, overlap
+from hfcompress.data import Splits, is_local, label_names, load_images, load_translation, overlap, stamps
 from hfcompress.errors import ResumeError
 from hfcompress.evaluate import Progress, score_images, score_translation
 from hfcompress.files import write_atomically
@@ -256,6 +256,14 @@ def data_settings(recipe: Recipe) -> dict[str, Any]:
     usual = {"streaming": False, "shuffle_buffer": 10_000, "validation_rows": None}
     said = {key: value for key, value in asdict(data).items() if key not in usual or value != usual[key]}
     return {"data": said, "vocabulary": vocabulary, "seed": recipe.seed, **kept}
+
+
+def scoring_settings(recipe: Recipe, data_root: Path | None) -> dict[str, Any]:
+    """What decides the scores of a file, but for machine and versions."""
+    data = recipe.translation or recipe.images
+    assert data is not None
+    evaluation = asdict(recipe.evaluation)
+    return {**data_settings(recipe), "evaluation": evaluation, "files": stamps(data, data_root)}
 
 
 def _rows(splits: Splits, streamed: bool = False) -> dict[str, int]:

@@ -157,8 +157,9 @@ def _translated(
                 encoded = encode(model, tokenizer, sources)
                 chosen = batch, encoded, beside.submit(_pick, batch, backend(sources, encoded))
             if last is not None:
-                last[2].result()
-                step(len(last[0]), _score(last[0], last[1], model, tokenizer))
+                before, states, picked = last
+                picked.result()
+                step(len(before), _score(before, states, model, tokenizer))
     return rows
 
 

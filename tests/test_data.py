@@ -14,7 +14,7 @@ from datasets import Dataset
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from hfcompress.data import Splits, label_names, load_images, load_translation, overlap
+from hfcompress.data import Splits, label_names, load_images, load_translation, overlap, stamps
 from hfcompress.errors import DataError
 from hfcompress.schema import ImageData, TranslationData
 from hfcompress.sources import read_lines, splits_in
@@ -163,6 +163,16 @@ def test_lines_end_at_line_feeds_only(tmp_path_factory, texts, zipped):
 
 
 # ------------------------------------------------------------------------------------- limits, held-out rows
+
+
+def test_stamps_notice_a_changed_file(tmp_path):
+    for split, rows in ROWS.items():
+        write_text(tmp_path, split, rows)
+    before = stamps(translation(), tmp_path)
+    assert before == stamps(translation(), tmp_path) and len(before) >= len(ROWS)
+    write_text(tmp_path, "test", ROWS["test"][:1])
+    assert stamps(translation(), tmp_path) != before
+    assert stamps(translation(folder=None, embedded="cldr"), None) == []
 
 
 def test_row_limits_take_rows_from_the_whole_split(tmp_path):
