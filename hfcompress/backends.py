@@ -1,11 +1,12 @@
 """What translates a teacher's sentences: transformers' `generate`, or CTranslate2."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple, Protocol
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutput
 
 from hfcompress.errors import ConfigError
@@ -64,24 +65,42 @@ class Generate:
 
 def ctranslate2_backend(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Sequences) -> Backend:
     """CTranslate2's translations by the same model in float32. Raises ConfigError: it is not installed."""
-    try:
-        import ctranslate2
-
-        from hfcompress.export_ctranslate2 import to_ctranslate2
-    except ImportError as error:
-        raise ConfigError(NO_CTRANSLATE2) from error
+    convert = converter()
     with TemporaryDirectory() as folder:
         whole, converted = Path(folder) / "whole", Path(folder) / "converted"
         tokenizer.save_pretrained(whole)
         model.config.save_pretrained(whole)
-        list(to_ctranslate2(model, whole, converted, None, None))
-        device = "cuda" if torch.cuda.is_available() and ctranslate2.get_cuda_device_count() else "cpu"
-        translator = ctranslate2.Translator(str(converted), device=device)
-    first = model.generation_config.forced_bos_token_id
-    longest = settings.max_new_tokens - (model.generation_config.forced_eos_token_id is not None)  # it is one of those
+        list(convert(model, whole, converted, None, None))
+        translate = converted_backend(converted, model.generation_config, tokenizer, settings)
+    return lambda sentences, _: translate(sentences)
+
+
+def converter() -> Callable[..., Iterator[str]]:
+    """`to_ctranslate2`. Raises ConfigError: CTranslate2 is not installed."""
+    try:
+        from hfcompress.export_ctranslate2 import to_ctranslate2
+    except ImportError as error:
+        raise ConfigError(NO_CTRANSLATE2) from error
+    return to_ctranslate2
+
+
+def converted_backend(
+    folder: Path,
+    generation: GenerationConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Sequences,
+    threads: int = 0,
+) -> Callable[[list[str]], list[list[str]]]:
+    """CTranslate2 with a model already converted; it reads sentences itself. threads: of the CPU; 0: as it sees fit."""
+    import ctranslate2
+
+    device = "cuda" if torch.cuda.is_available() and ctranslate2.get_cuda_device_count() and not threads else "cpu"
+    translator = ctranslate2.Translator(str(folder), device=device, intra_threads=threads)
+    first = generation.forced_bos_token_id
+    longest = settings.max_new_tokens - (generation.forced_eos_token_id is not None)  # it is one of those
     start = None if first is None else [tokenizer.convert_ids_to_tokens(first)]
 
-    def backend(sentences: list[str], _: Encoded) -> list[list[str]]:
+    def translate(sentences: list[str]) -> list[list[str]]:
         ids = tokenizer(sentences, truncation=True)["input_ids"]
         found = translator.translate_batch(
             [tokenizer.convert_ids_to_tokens(line) for line in ids],
@@ -94,4 +113,4 @@ def ctranslate2_backend(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
         texts = ([tokenizer.convert_tokens_to_ids(tokens) for tokens in line.hypotheses] for line in found)
         return [tokenizer.batch_decode(hypotheses, skip_special_tokens=True) for hypotheses in texts]
 
-    return backend
+    return translate

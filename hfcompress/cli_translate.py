@@ -1,4 +1,4 @@
-"""`hfcompress translate`: a dataset of a teacher's translations, for sequence-level distillation."""
+"""`hfcompress translate`, a teacher's translations for students to read, and `compare`, translators side by side."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -60,6 +60,41 @@ def translate(
     from hfcompress.translate_command import run
 
     run(model, data, (source, target), split, settings, least_bleu, output, console())
+
+
+@commands.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs of translation recipes.")],
+    output: Annotated[Path, typer.Option(help="Folder for table.md, plot.png and comparison.json.")],
+    data_root: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Folder that holds the recipes' data folders; without it they come from the Hub."),
+    ] = None,
+    beams: Annotated[int, typer.Option(min=1, help="Beside greedy translation, with so many beams.")] = 4,
+    batch: Annotated[
+        Optional[list[int]],  # noqa: UP045
+        typer.Option(min=1, help="Sentences at a time, for the timing [default: 1, 32]", show_default=False),
+    ] = None,
+    sentences: Annotated[int, typer.Option(min=1, help="Of the test set, for the timing.")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="Of the timing.")] = 5,
+) -> None:
+    """Compare the teachers, students and files of runs: bytes, BLEU, chrF, and speed on one thread of the CPU.
+
+    Each as transformers runs it and as CTranslate2 does in int8. Translations are kept: called again, it only times.
+    """
+    from hfcompress.compare import compare as measured
+
+    measured(
+        runs,
+        output,
+        data_root,
+        beams=beams,
+        batches=batch or [1, 32],
+        sentences=sentences,
+        rounds=rounds,
+        console=console(),
+    )
+    console().print(f"the table is in {output / 'table.md'}", markup=False, highlight=False)
 
 
 def _told(place: tuple[int | str, ...], message: str) -> str:

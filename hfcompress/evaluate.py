@@ -80,27 +80,35 @@ def corpus_scores(hypotheses: Sequence[str], references: Sequence[str], resample
 def paired_bleu(
     hypotheses: Sequence[str], others: Mapping[str, Sequence[str]], references: Sequence[str], resamples: int
 ) -> tuple[Paired, ...]:
-    """`hypotheses` against each of the `others` (row of results → its lines): BLEU by paired bootstrap resampling.
+    """`hypotheses` against each of the `others` (row of results → its lines), as `differences` finds it."""
+    found, how = differences(hypotheses, others, references, resamples)
+    counts = len(references), resamples, how
+    return tuple(Paired(name, "bleu", *each, *counts) for name, each in found.items())  # type: ignore[arg-type]
 
-    All lines answer the same `references`. Raises DataError: no lines, or other numbers of them.
+
+def differences(
+    hypotheses: Sequence[str], others: Mapping[str, Sequence[str]], references: Sequence[str], resamples: int
+) -> tuple[dict[str, tuple[float, float]], str]:
+    """Name of the others → BLEU of `hypotheses` minus its own, and the p-value of none: paired bootstrap resampling.
+
+    The second is sacrebleu's signature; nothing is found without `others` or resamples. All lines answer the same
+    `references`. Raises DataError: no lines, or other numbers of them.
     """
     for lines in (hypotheses, *others.values()):
         if len(lines) != len(references) or not lines:
             raise DataError(f"{len(lines)} hypotheses for {len(references)} references: there must be one for each")
     if not others or not resamples:
-        return ()
-    systems = [("compressed", list(hypotheses)), *((name, list(lines)) for name, lines in others.items())]
+        return {}, ""
+    systems = [("own", list(hypotheses)), *((name, list(lines)) for name, lines in others.items())]
     test = PairedTest(systems, {"BLEU": BLEU()}, [list(references)], test_type="bs", n_samples=resamples)
     signatures, table = test()
     own, *found = table["BLEU"]
-    how = str(signatures["BLEU"])
-    tests = []
+    tests = {}
     for (name, lines), other in zip(systems[1:], found):
         # of equal lines sacrebleu says the smallest p-value there is: no resample's difference exceeds zero
         p_value = 1.0 if lines == list(hypotheses) else float(other.p_value)
-        difference = float(own.score - other.score)
-        tests.append(Paired(name, "bleu", difference, p_value, len(references), resamples, how))  # type: ignore[arg-type]
-    return tuple(tests)
+        tests[name] = (float(own.score - other.score), p_value)
+    return tests, str(signatures["BLEU"])
 
 
 def score_images(
@@ -141,12 +149,17 @@ def score_images(
 
 
 def weight_bytes(folder: Path) -> int:
-    """Bytes of the weight files of a folder: the compressed file, or dense safetensors. Raises DataError: neither."""
+    """Bytes of the weight files of a folder. Raises DataError: none."""
+    return sum(file.stat().st_size for file in weight_files(folder))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The compressed file of a folder, or dense safetensors. Raises DataError: neither."""
     compressed = folder / FILE_NAME
     files = [compressed] if compressed.is_file() else sorted(folder.glob("model*.safetensors"))
     if not files:
         raise DataError(f"no weights in {folder}: expected {FILE_NAME} or model.safetensors")
-    return sum(file.stat().st_size for file in files)
+    return files
 
 
 def int8_gzip_bytes(model: nn.Module) -> int:

@@ -33,7 +33,7 @@ def score_afresh(
     known: such files as `path`, perhaps of other runs; what they say of the very same files under the same settings is
     taken over. Raises HFCompressError: it failed.
     """
-    keys = {str(folder): _key(folder, settings, splits) for folder in folders}
+    keys = {str(folder): key_of(folder, settings, splits) for folder in folders}
     before = {found["key"]: found for file in (path, *known) for found in _read(file).values() if "key" in found}
     new = [folder for folder, key in keys.items() if key not in before]
     fresh = _evaluate(new, recipe, path, data_root, splits) if new else {}
@@ -59,8 +59,8 @@ def _read(path: Path) -> dict[str, Any]:
     return found
 
 
-def _key(folder: Path, settings: str, splits: Sequence[str]) -> str:
-    """The same for folders with the same files, whatever they are called; marks and checkpoints of training aside."""
+def key_of(folder: Path, settings: str, splits: Sequence[str]) -> str:
+    """The same for folders with the same files and settings, whatever they are called; marks and checkpoints aside."""
     digest = hashlib.sha256(json.dumps([settings, *splits]).encode())
     for file in sorted(file for file in folder.iterdir() if file.is_file() and file.name != MARKER):
         with file.open("rb") as opened:

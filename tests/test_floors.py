@@ -41,8 +41,8 @@ card_text report tasks translate
 card stages scoring measure teaching
 plain_card run translate_command
 compress_command
-sweep_schema dry_run
-sweep_results
+sweep_schema dry_run comparison
+sweep_results compare
 sweep_report
 sweep
 cli_files
