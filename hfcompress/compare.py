@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -103,7 +104,8 @@ def compare(
                     own.append(speed)
                 shown.advance(line)
         rows = tuple(_rows(sides, tests, outputs, counts, speeds))
-        found = Comparison(rows, sentences, rounds, report.versions(), report.hardware())
+        versions = {**report.versions(), "ctranslate2": version("ctranslate2")}
+        found = Comparison(rows, sentences, rounds, versions, report.hardware())
     found.save(output / "comparison.json")
     write_table(found, output / "table.md")
     plot(found, output / "plot.png")
@@ -207,7 +209,7 @@ def _against(
         others = {str(i): outputs[i, beams] for i in own if i != base}
         resamples = sides[base].recipe.evaluation.bootstrap
         tested, _ = differences(outputs[base, beams], others, list(rows["target"]), resamples)
-        found |= {int(i): Against(-difference, p_value) for i, (difference, p_value) in tested.items()}
+        found |= {int(i): Against(0.0 - difference, p_value) for i, (difference, p_value) in tested.items()}
     return found
 
 

@@ -148,19 +148,12 @@ def plot(found: Comparison, path: Path) -> None:
 
 def _draw(axes: Axes, rows: Sequence[Compared]) -> None:
     for engine in dict.fromkeys(row.engine for row in rows):
-        own = [row for row in rows if row.engine == engine]
-        scores = [row.best["bleu"] for row in own]
-        spread = [[s.value - s.interval[0] for s in scores], [s.interval[1] - s.value for s in scores]]
+        own = [(row.bytes, row.best["bleu"]) for row in rows if row.engine == engine]
         style = {"color": _COLOURS[engine], "marker": _MARKERS[engine], "linestyle": "", "markersize": 5}
-        axes.errorbar(
-            [row.bytes for row in own],
-            [score.value for score in scores],
-            [[max(0.0, width) for width in side] for side in spread],
-            **style,  # type: ignore[arg-type]
-            capsize=2,
-            elinewidth=0.7,
-            label=engine,
-        )
+        axes.plot([size for size, _ in own], [score.value for _, score in own], label=engine, **style)  # type: ignore
+        if engine == TRANSFORMERS:  # the other's intervals are as wide, and lie on one another
+            for size, score in own:
+                axes.plot([size, size], score.interval, color=_COLOURS[engine], linewidth=0.7)
     named = sorted((row for row in rows if row.engine == TRANSFORMERS), key=lambda row: row.bytes)
     for place, row in enumerate(named):
         axes.annotate(

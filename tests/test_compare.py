@@ -1,6 +1,5 @@
 """`hfcompress compare`: bytes, scores and speeds of runs, each network by transformers and by CTranslate2."""
 
-import json
 import shutil
 
 import pytest
@@ -9,6 +8,7 @@ from recipe_texts import TINY
 
 from hfcompress.comparison import CTRANSLATE2, TRANSFORMERS, Comparison
 from hfcompress.evaluate import weight_bytes
+from hfcompress.results import Results
 
 pytest.importorskip("ctranslate2")
 
@@ -52,11 +52,10 @@ def test_every_network_by_both_engines(runs, said):
     assert [name.partition(" bits, ")[2] for name in names[4::2]] == ["four", "two"]
 
     for run, row in zip(runs, found.rows[4::2]):
-        (compressed,) = (
-            r for r in json.loads((run / "results.json").read_bytes())["rows"] if r["name"] == "compressed"
-        )
-        score = row.scores[2]["bleu"]
-        assert (score.value, score.signature) == tuple(compressed["scores"]["bleu"][k] for k in ("value", "signature"))
+        alone = Results.load(run / "results.json").row("compressed").scores
+        assert {k: (score.value, score.signature) for k, score in row.scores[2].items()} == {
+            k: (score.value, score.signature) for k, score in alone.items()
+        }
         assert row.bytes == weight_bytes(run / "student") and row.gzipped > 0.9 * row.bytes
     student, int8 = found.rows[2:4]
     assert int8.bytes < student.bytes / 2 and int8.against is None and student.against is not None
