@@ -25,8 +25,11 @@ if TYPE_CHECKING:
     from hfcompress.saving import dequantize as dequantize
     from hfcompress.schema import Compression as Compression
     from hfcompress.schema import Distillation as Distillation
+    from hfcompress.schema import Layers as Layers
     from hfcompress.schema import Rule as Rule
+    from hfcompress.students import from_teacher as from_teacher
     from hfcompress.target import Target as Target
+    from hfcompress.teacher_cache import TeacherCache as TeacherCache
     from hfcompress.trainer import CompressionTrainer as CompressionTrainer
     from hfcompress.trainer import Seq2SeqCompressionTrainer as Seq2SeqCompressionTrainer
 
@@ -38,6 +41,7 @@ _HOMES = {
     "Distillation": "schema",
     "EntropyPenalized": "methods",
     "Kind": "reparameterization",
+    "Layers": "schema",
     "Levels": "methods",
     "MultiHash": "methods",
     "Reparameterization": "reparameterization",
@@ -46,8 +50,10 @@ _HOMES = {
     "Magnitude": "methods",
     "SoftThreshold": "methods",
     "Target": "target",
+    "TeacherCache": "teacher_cache",
     "Uniform": "methods",
     "dequantize": "saving",
+    "from_teacher": "students",
     "load": "loading",
     "save": "checkpoint",
 }

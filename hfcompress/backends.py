@@ -12,6 +12,8 @@ from transformers.modeling_outputs import BaseModelOutput
 from hfcompress.errors import ConfigError
 from hfcompress.schema import Sequences
 
+_PATIENCE = 2.0
+"""CTranslate2 looks on until so many times its beams have ended; at its own 1 it stops before `generate` does."""
 NO_CTRANSLATE2 = "CTranslate2 is not installed: pip install 'hfcompress[export]', or write engine: transformers"
 
 
@@ -105,6 +107,7 @@ def converted_backend(
         found = translator.translate_batch(
             [tokenizer.convert_ids_to_tokens(line) for line in ids],
             beam_size=settings.beams,
+            patience=_PATIENCE if settings.beams > 1 else 1.0,
             num_hypotheses=settings.n_best,
             max_decoding_length=longest,
             target_prefix=start and [start] * len(sentences),

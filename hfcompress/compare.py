@@ -19,7 +19,17 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from hfcompress import report
 from hfcompress.backends import Generate, converted_backend, converter, encode
 from hfcompress.card_text import data_name
-from hfcompress.comparison import CTRANSLATE2, TRANSFORMERS, Against, Compared, Comparison, Speed, plot, write_table
+from hfcompress.comparison import (
+    CTRANSLATE2,
+    TRANSFORMERS,
+    Against,
+    Compared,
+    Comparison,
+    Speed,
+    plot,
+    print_table,
+    write_table,
+)
 from hfcompress.errors import ConfigError
 from hfcompress.evaluate import corpus_scores, differences, weight_files
 from hfcompress.files import write_atomically
@@ -28,7 +38,7 @@ from hfcompress.networks import from_pretrained
 from hfcompress.output import RECIPE, RESULTS, STAGES
 from hfcompress.progress import bar, quiet_libraries
 from hfcompress.recipe import load
-from hfcompress.results import TITLES, Results, Row
+from hfcompress.results import Results
 from hfcompress.schema import Recipe, Sequences
 from hfcompress.scoring import told_apart
 from hfcompress.stages import fingerprint
@@ -39,7 +49,10 @@ Translate = Callable[[list[str]], list[str]]
 
 @dataclass(frozen=True)
 class Side:
-    """A network as an engine runs it. `folder` has its own files, `converted` those of CTranslate2."""
+    """A network as an engine runs it. `folder` has its own files, `converted` those of CTranslate2.
+
+    `key`: of its files; `student`: of the full-precision student's of its run.
+    """
 
     test: str
     model: str
@@ -48,7 +61,8 @@ class Side:
     converted: Path | None
     parameters: int
     recipe: Recipe
-    role: str
+    key: str
+    student: str
 
     def translator(self, beams: int, threads: int = 0) -> Translate:
         """What translates sentences with so many beams."""
@@ -109,6 +123,7 @@ def compare(
     found.save(output / "comparison.json")
     write_table(found, output / "table.md")
     plot(found, output / "plot.png")
+    print_table(found, console)
     return found
 
 
@@ -117,23 +132,38 @@ def compare(
 
 def _sides(runs: Sequence[Path], root: Path) -> Iterator[Side]:
     """By test set and role; a network that several runs share comes once. Each by transformers, then by CTranslate2."""
-    labels = told_apart([str(run) for run in runs])
-    networks: dict[tuple[str, str], dict[str, tuple[Path, Row, Recipe, str]]] = {}
-    for run, recipe, results in [(run, *_open(run)) for run in runs]:
-        for row in results.rows:
-            if row.name != "post_training":
-                folder = run / ("student" if row.name == "compressed" else f"{STAGES}/{row.name}")
-                alike = networks.setdefault((_test(recipe), row.name), {})
-                alike.setdefault(key_of(folder, "", ()), (folder, row, recipe, labels[str(run)]))
-    tests = dict.fromkeys(test for test, _ in networks)
-    for test, role in ((test, role) for test in tests for role in TITLES if (test, role) in networks):
-        alike = networks[test, role]
-        for key, (folder, row, recipe, label) in alike.items():
-            title = f"{row.bits_per_weight:.2f} bits" if role == "compressed" else row.title
-            name, converted = f"{title}, {label}" if len(alike) > 1 else title, root / key
-            list(converter()(from_pretrained(AutoModelForSeq2SeqLM, str(folder)), folder, converted, "int8", None))
-            for engine, place in ((TRANSFORMERS, None), (CTRANSLATE2, converted)):
-                yield Side(test, name, engine, folder, place, row.parameters, recipe, role)
+    opened = [(run, *_open(run)) for run in dict.fromkeys(runs)]
+    for test in dict.fromkeys(_test(recipe) for _, recipe, _ in opened):
+        own = [found for found in opened if _test(found[1]) == test]
+        labels = _labels([run for run, _, _ in own])
+        for role in ("teacher", "student", "compressed"):
+            seen: set[str] = set()
+            for run, recipe, results in own:
+                row, folder = results.row(role), _folder(run, role)
+                if row is None or (key := key_of(folder, "", ())) in seen:
+                    continue
+                title = f"{row.bits_per_weight:.2f} bits" if role == "compressed" else row.title
+                told = seen or (role == "compressed" and len(own) > 1)
+                name, converted = f"{title}, {labels[run]}" if told else title, root / key
+                seen.add(key)
+                list(converter()(from_pretrained(AutoModelForSeq2SeqLM, str(folder)), folder, converted, "int8", None))
+                keys = key, key_of(_folder(run, "student"), "", ())
+                for engine, place in ((TRANSFORMERS, None), (CTRANSLATE2, converted)):
+                    yield Side(test, name, engine, folder, place, row.parameters, recipe, *keys)
+
+
+def _folder(run: Path, role: str) -> Path:
+    return run / "student" if role == "compressed" else run / STAGES / role
+
+
+def _labels(runs: Sequence[Path]) -> dict[Path, str]:
+    """What tells the runs' folders apart, without what all of them end in (a sweep's `seed-0`)."""
+    parts = {run: run.parts for run in runs}
+    while len(runs) > 1 and len({own[-1] for own in parts.values()}) == 1:
+        parts = {run: own[:-1] for run, own in parts.items()}
+    short = {run: str(Path(*own)) for run, own in parts.items()}
+    told = told_apart(list(short.values()))
+    return {run: told[name] for run, name in short.items()}
 
 
 def _open(run: Path) -> tuple[Recipe, Results]:
@@ -198,17 +228,15 @@ def _rows(
 def _against(
     sides: Sequence[Side], tests: dict[str, Dataset], outputs: dict[tuple[int, int], list[str]], beams: int
 ) -> dict[int, Against]:
-    """Each side against the first full-precision student in int8 of the same test set."""
+    """Each side against the full-precision student of its run in int8."""
     found: dict[int, Against] = {}
-    for test, rows in tests.items():
-        own = [i for i, side in enumerate(sides) if side.test == test]
-        baselines = [i for i in own if (sides[i].role, sides[i].engine) == ("student", CTRANSLATE2)]
-        if not baselines:
+    for base, student in enumerate(sides):
+        if student.engine != CTRANSLATE2 or student.key != student.student:
             continue
-        base = baselines[0]
-        others = {str(i): outputs[i, beams] for i in own if i != base}
-        resamples = sides[base].recipe.evaluation.bootstrap
-        tested, _ = differences(outputs[base, beams], others, list(rows["target"]), resamples)
+        alike = [i for i, side in enumerate(sides) if (side.test, side.student) == (student.test, student.key)]
+        others = {str(i): outputs[i, beams] for i in alike if i != base}
+        references, resamples = list(tests[student.test]["target"]), student.recipe.evaluation.bootstrap
+        tested, _ = differences(outputs[base, beams], others, references, resamples)
         found |= {int(i): Against(0.0 - difference, p_value) for i, (difference, p_value) in tested.items()}
     return found
 

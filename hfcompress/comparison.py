@@ -10,6 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pydantic import FiniteFloat, NonNegativeInt, TypeAdapter
 from pydantic.dataclasses import dataclass as checked
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table as Shown
 
 from hfcompress.card_text import Table, hardware_words, markdown_table
 from hfcompress.files import write_atomically
@@ -97,12 +100,14 @@ def _sections(found: Comparison) -> Iterator[str]:
     yield "# Translation: bytes, scores and speed"
     yield (
         "Each row is a network as one engine loads it from its files. gzipped: its weights after gzip. ± half the 95 % "
-        f"interval. against int8: BLEU minus that of the full-precision student as {CTRANSLATE2}, with the p-value of "
-        "paired bootstrap resampling. Speeds: tokens a second (milliseconds a sentence), one thread, medians of "
-        f"{found.rounds} rounds in which all rows took turns, {found.sentences} sentences of the test set, tokenizing "
-        "included."
+        "interval. against int8: BLEU, with the most beams, minus that of the same run's full-precision student as "
+        f"{CTRANSLATE2}, with the p-value of paired bootstrap resampling. Speeds: tokens a second (milliseconds a "
+        f"sentence), one thread, medians of {found.rounds} rounds in which all rows took turns, {found.sentences} "
+        "sentences of the test set, tokenizing included."
     )
-    yield markdown_table(_table(found.rows), "lllrrrrrr")
+    for test in found.tests:
+        yield f"## {test}"
+        yield markdown_table(_table([row for row in found.rows if row.test == test]), "llrrrrrr")
     signatures = sorted({s.signature for row in found.rows for scores in row.scores.values() for s in scores.values()})
     yield "Signatures: " + ", ".join(f"`{signature}`" for signature in signatures) + "."
     kept = ("hfcompress", "torch", "transformers", "ctranslate2")
@@ -115,16 +120,31 @@ def _table(rows: Sequence[Compared]) -> Table:
     beams = list(rows[0].scores)
     speeds = [f"{_beam(speed.beams)}, batch {speed.batch}" for speed in rows[0].speeds]
     scores = [f"{METRICS[metric].name}, {_beam(b)}" for b in beams for metric in rows[0].scores[b]]
-    table = [
-        ["test set", "network", "engine", "parameters", "bytes", "bits", "gzipped", *scores, "against int8", *speeds]
-    ]
+    table = [["network", "engine", "parameters", "bytes", "bits", "gzipped", *scores, "against int8", *speeds]]
     for row in rows:
         values = [_score(score) for b in beams for score in row.scores[b].values()]
-        against = f"{row.against.difference:+.2f} (p = {row.against.p_value:.3f})" if row.against else ""
         times = [f"{speed.tokens_per_second:,.0f} ({speed.ms_per_sentence:.1f})" for speed in row.speeds]
         sizes = [f"{row.parameters:,}", f"{row.bytes:,}", f"{row.bits:.2f}", f"{row.gzipped:,}"]
-        table.append([row.test, row.model, row.engine, *sizes, *values, against, *times])
+        table.append([row.model, row.engine, *sizes, *values, _against(row), *times])
     return table
+
+
+def _against(row: Compared) -> str:
+    return f"{row.against.difference:+.2f} (p = {row.against.p_value:.3f})" if row.against else ""
+
+
+def print_table(found: Comparison, console: Console) -> None:
+    """What matters most of each row: for a terminal."""
+    for test in found.tests:
+        rows = [row for row in found.rows if row.test == test]
+        beams, batch = _beam(max(rows[0].scores)), rows[0].speeds[0].batch
+        speed = f"tokens/s, {_beam(rows[0].speeds[0].beams)}, batch {batch}"
+        table = Shown("network", "engine", "bytes", "bits", f"BLEU, {beams}", "against int8", speed, title=escape(test))
+        for row in rows:
+            score, fast = _score(row.best["bleu"]), f"{row.speeds[0].tokens_per_second:,.0f}"
+            cells = [row.model, row.engine, f"{row.bytes:,}", f"{row.bits:.2f}", score, _against(row), fast]
+            table.add_row(*map(escape, cells))
+        console.print(table)
 
 
 def _beam(beams: int) -> str:

@@ -1,5 +1,6 @@
 """Networks from a recipe: pretrained, from scratch, or cut from a teacher; always transformers models."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +8,11 @@ import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import nn
 from transformers import (
     AutoModelForImageClassification,
     AutoModelForSeq2SeqLM,
+    AutoTokenizer,
     MarianConfig,
     MarianMTModel,
     PreTrainedModel,
@@ -24,6 +27,9 @@ from hfcompress.claims import unsaved
 from hfcompress.errors import ConfigError, DataError
 from hfcompress.schema import ImageData, Network
 from hfcompress.students import from_teacher
+from hfcompress.teacher import check_vocabularies
+
+logger = logging.getLogger(__name__)
 
 
 def translator(
@@ -95,6 +101,23 @@ def tokenizer_of(network: Network) -> str:
     """Where a pretrained network's tokenizer is found: with the network."""
     assert network.pretrained is not None
     return network.pretrained
+
+
+def check_tokenizers(teacher: nn.Module, tokenizer: Any) -> None:
+    """Compare `tokenizer` with the teacher's own, which lies where the teacher was loaded from: a folder, or the cache.
+
+    Raises TeacherError: an id is another token. Says so where the teacher has none there; a teacher made in code was
+    loaded from nowhere.
+    """
+    place = teacher.name_or_path if isinstance(teacher, PreTrainedModel) else ""
+    if not place or not isinstance(tokenizer, PreTrainedTokenizerBase):
+        return
+    try:
+        own = AutoTokenizer.from_pretrained(place, local_files_only=True)
+    except (OSError, ValueError):
+        logger.warning("No tokenizer lies beside the teacher in %s: it is not compared with the student's.", place)
+        return
+    check_vocabularies(own, tokenizer)
 
 
 def from_pretrained(auto: Any, name: str, revision: str | None = None) -> Any:

@@ -107,11 +107,11 @@ class Run:
     def _rehearse(self, task: Task) -> None:
         recipe = self.recipe
         teaching.foresee(recipe.distillation, self.data_root)
-        for name, network in (("teacher", recipe.teacher), ("student", recipe.student), ("compressed", self._twin())):
-            if network is not None:
-                arguments = training_arguments(name, task, self.output, self._settings(network))
-                if told := slow_on(arguments):
-                    self._say(f"{name}: {told}")
+        networks = {"teacher": recipe.teacher, "student": recipe.student, "compressed": self._twin()}
+        trained = {name: self._settings(network) for name, network in networks.items() if network is not None}
+        arguments = [training_arguments(name, task, self.output, given) for name, given in trained.items()]
+        for told in filter(None, dict.fromkeys(map(slow_on, arguments))):
+            self._say(told)
         teacher = None
         if recipe.teacher is not None:
             done = finished("teacher", self.output / STAGES / "teacher", self.wanted["teacher"])

@@ -11,9 +11,11 @@ A line ends at "\\n" and nowhere else: sentences keep CR, VT, NEL, U+2028 and th
 import glob
 import gzip
 import json
+import logging
 import re
 import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -26,8 +28,12 @@ from datasets.utils import are_progress_bars_disabled
 from hfcompress.errors import DataError
 from hfcompress.schema import Source
 
+logger = logging.getLogger(__name__)
+
 JSON_SUFFIXES = ("jsonl", "jsonl.gz", "json", "json.gz")
 SHARD = re.compile(r"(?P<split>.+?)-(?P<index>\d+)(-of-(?P<total>\d+))?\.parquet")
+BREAKS = ("\r", "\v", "\f", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029")
+"""Characters at which other programs end a line; here it ends at \\n only, as for `wc -l`."""
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _LISTED = 12
 
@@ -44,6 +50,14 @@ def read_split(folder: Path, split: str, languages: tuple[str, ...] = ()) -> Dat
     if files[0].name.endswith(JSON_SUFFIXES):
         return _columns(list(read_records(files[0])), files[0])
     return _read_text(files, languages)
+
+
+def report_breaks(name: str, lines: Iterable[str]) -> None:
+    """Say how many of the lines hold what other programs take for their end."""
+    counted = Counter(any(mark in line for mark in BREAKS) for line in lines)
+    if odd := counted[True]:
+        said = "%s: %d of %d lines hold CR, VT, NEL, U+2028 or the like: they end none."
+        logger.warning(said, name, odd, counted.total())
 
 
 def files_of(folder: Path, split: str, languages: tuple[str, ...] = ()) -> list[Path]:

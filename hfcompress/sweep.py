@@ -118,7 +118,8 @@ class SweepRun:
             if self._signal:
                 raise Interrupted("stopped by a signal")
             failed += code != 0
-            self._say(f"[{cell.name}] {'can be run' if code == 0 else job.error(code)}")
+            if code:  # of the others the job itself says that they can be run
+                self._say(f"[{cell.name}] {job.error(code)}")
         return failed
 
     # -- cells ------------------------------------------------------------------------------------------

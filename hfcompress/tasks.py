@@ -5,6 +5,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from hfcompress.passes import Passes, Pieces, Prepare
 from hfcompress.pictures import Pictures
 from hfcompress.results import DataFacts, Sample, Score
 from hfcompress.schema import ImageData, Network, Recipe, Source, TranslationData
+from hfcompress.sources import report_breaks
 from hfcompress.streams import first_pairs, kept_in, stream_images, stream_translation
 from hfcompress.teacher import check_vocabularies
 from hfcompress.tokenizer import StreamedPairs, encode_pairs, train_tokenizer
@@ -104,6 +106,7 @@ class Translation(Task):
             self.train: Any = self._passes(self.stream)
             return DataFacts(_rows(self.splits, streamed=True), local=local)
         self.train = encode_pairs(self.splits.train, self.tokenizer, self.data, truncate=False)
+        report_breaks("training pairs", chain(self.splits.train["source"], self.splits.train["target"]))
         left_out = len(self.splits.train) - len(self.train)
         return DataFacts(_rows(self.splits), overlap(self.splits), left_out, local)
 

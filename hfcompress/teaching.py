@@ -18,7 +18,7 @@ from hfcompress.errors import ConfigError, TeacherError
 from hfcompress.loading import load
 from hfcompress.progress import bar
 from hfcompress.schema import Distillation, Recipe, Sequences
-from hfcompress.sources import read_lines, read_split
+from hfcompress.sources import read_lines, read_split, report_breaks
 from hfcompress.tasks import Task, Translation
 from hfcompress.teacher_cache import Process, TeacherCache, write
 from hfcompress.translate import Text, finish, translate
@@ -29,8 +29,6 @@ FOLDERS = ("translations", "teacher_cache")
 """Of a run's stages: what a teacher was asked for, before any student."""
 PAIRS = 100
 """So many pairs tell whether a teacher translates at all."""
-BREAKS = ("\r", "\v", "\f", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029")
-"""Characters at which other programs end a line; here it ends at \\n only, as for `wc -l`."""
 
 
 def prepare(
@@ -53,6 +51,7 @@ def prepare(
         texts = [Text("train", train["source"], train["target"])]
         if wanted.sequences.monolingual is not None:
             texts.append(monolingual((data_root or Path()) / wanted.sequences.monolingual))
+            _report_overlap(texts[-1], task.splits.test)
         pairs = make_dataset(model, task.tokenizer, texts, wanted.sequences, stages / FOLDERS[0], console)
         pairs = pairs.select_columns(["source", "target"])
         own = train.select_columns(["source", "target"])
@@ -76,6 +75,12 @@ def prepare(
         )
     PartialState().wait_for_everyone()
     return TeacherCache(folder)
+
+
+def _report_overlap(text: Text, test: Dataset) -> None:
+    known = set(text.sources)
+    if found := sum(sentence in known for sentence in test["source"]):
+        logger.warning("%d test sentences are in %s too: scores may be too high.", found, text.origin)
 
 
 def _must_translate(recipe: Recipe) -> bool:
@@ -140,9 +145,7 @@ def check_direction(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
 def monolingual(path: Path) -> Text:
     """The lines of a text file that are not blank. Raises DataError: it cannot be read, or is not UTF-8."""
     lines = read_lines(path)
-    odd = sum(any(mark in line for mark in BREAKS) for line in lines)
-    if odd:
-        logger.warning("%s: %d of %d lines hold CR, VT, NEL, U+2028 or the like: they end none.", path, odd, len(lines))
+    report_breaks(str(path), lines)
     full = [line for line in lines if line.strip()]
     if len(full) < len(lines):
         logger.warning("%s: left out %d of %d lines: they are blank.", path, len(lines) - len(full), len(lines))

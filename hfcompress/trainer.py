@@ -10,16 +10,14 @@ from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import (
-    Seq2SeqTrainer,
-    Trainer,
-)
+from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer_utils import TrainOutput
 
 from hfcompress import checkpoint, hub, losses
 from hfcompress.callbacks import BestLatents, MissedTarget, load_latents
 from hfcompress.compressor import Compressor
 from hfcompress.errors import ConfigError, ResumeError
+from hfcompress.networks import check_tokenizers
 from hfcompress.optimizer import CompressedOptimizer
 from hfcompress.padding import hold_padding_row
 from hfcompress.passes import Passes
@@ -75,6 +73,7 @@ class CompressionMixin(_Parent):
                 raise ConfigError("a teacher's cache holds rows that are there before training: not a stream's")
         elif teacher is not None:
             check(teacher, self.model)
+            check_tokenizers(teacher, self.processing_class)
             self.teacher = freeze(teacher).to(self.args.device)
         if teacher is not None or compression is not None:
             hold_padding_row(self.model)

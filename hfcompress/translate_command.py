@@ -1,6 +1,7 @@
 """What `hfcompress translate` does."""
 
 import json
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from hfcompress.loading import load
 from hfcompress.networks import from_pretrained
 from hfcompress.progress import quiet_libraries
 from hfcompress.schema import Sequences
-from hfcompress.sources import read_split
+from hfcompress.sources import read_split, report_breaks
 from hfcompress.teaching import PAIRS, check_direction, make_dataset, monolingual
 from hfcompress.translate import SUMMARY, Text
 
@@ -62,4 +63,5 @@ def _pairs(folder: Path, split: str, languages: tuple[str | None, str | None]) -
     if missing:
         raise ConfigError(f"split {split!r} of {folder} has no {' or '.join(missing)}: {', '.join(rows.column_names)}")
     full = rows.filter(lambda row: all(row[name] and row[name].strip() for name in (source, target)))
+    report_breaks(f"{folder.name}/{split}", chain(full[source], full[target]))
     return Text(f"{folder.name}/{split}", full[source], full[target])

@@ -58,7 +58,7 @@ class Levels(Reparameterization):
     scales: Literal["float16", "float32"] = "float16"
 
     frozen: ClassVar[frozenset[str]] = frozenset({"weight"})
-    auxiliary: ClassVar[Mapping[str, float]] = MappingProxyType({"points": 0.01})
+    auxiliary: ClassVar[Mapping[str, float]] = MappingProxyType({"points": 1e-3})
 
     def __post_init__(self) -> None:
         if not LEAST <= self.points <= MOST:
