@@ -1,7 +1,9 @@
 """A sweep's table in Markdown, and its plot: bytes against score, with the paper's figures beside ours."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -9,8 +11,8 @@ from matplotlib.figure import Figure
 from hfcompress.card_text import Table, duration, hardware_words, markdown_table
 from hfcompress.files import write_atomically
 from hfcompress.report import entitle, readable_sizes, save_picture
-from hfcompress.results import METRICS
-from hfcompress.sweep_results import CellRecord, Mean, PointRecord, SweepResults, mean
+from hfcompress.results import METRICS, Row
+from hfcompress.sweep_results import Mean, PointRecord, SweepResults, mean
 
 # Okabe and Ito's palette, which the colour-blind tell apart; each line has its own marker too
 _LINES = (("#D55E00", "o"), ("#0072B2", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P"))
@@ -104,24 +106,53 @@ def _figure(size: int | None, score: float) -> str:
     return f"{score:.2f}" + (f" at {size:,} bytes" if size else "")
 
 
+@dataclass
+class _Reference:
+    """A teacher or full-precision student that `points` share: seed → its row."""
+
+    rows: dict[int, Row]
+    points: list[str]
+
+
+def _shared(results: SweepResults, role: Literal["teacher", "reference"]) -> list[_Reference]:
+    """Every network of that role once, smallest first; those whose scores are equal, seed by seed, are one."""
+
+    def same(one: dict[int, Row], other: dict[int, Row]) -> bool:
+        seeds = one.keys() & other.keys()
+        return bool(seeds) and all(key(one[seed]) == key(other[seed]) for seed in seeds)
+
+    def key(row: Row) -> tuple[int, float]:
+        return row.parameters, row.scores[results.metric].value
+
+    found: list[_Reference] = []
+    for point in results.points:
+        own = {cell.seed: row for cell in point.done if (row := getattr(cell, role)) is not None}
+        if (reference := next((r for r in found if same(own, r.rows)), None)) is not None:
+            reference.rows |= own
+            reference.points.append(point.name)
+        elif own:
+            found.append(_Reference(own, [point.name]))
+    return sorted(found, key=lambda reference: next(iter(reference.rows.values())).parameters)
+
+
+def _score_of(reference: _Reference, metric: str) -> Mean:
+    found = mean([row.scores[metric].value for row in reference.rows.values()])
+    assert found is not None
+    return found
+
+
 def _references(results: SweepResults) -> Table:
-    """A line for each teacher and full-precision student that differ in parameters."""
-    metric = METRICS[results.metric].heading
-    table = [["network", "parameters", "bytes", "n", f"test {metric}"]]
-    for role in ("teacher", "reference"):
-        found: dict[int, dict[tuple[int, float], CellRecord]] = {}
-        for point in results.points:
-            for cell in point.done:
-                row = getattr(cell, role)
-                if row is not None:
-                    key = (cell.seed, row.scores[results.metric].value)  # cells share it
-                    found.setdefault(row.parameters, {})[key] = cell
-        for parameters, cells in sorted(found.items()):
-            rows = [getattr(cell, role) for cell in cells.values()]
-            score = mean([row.scores[results.metric].value for row in rows])
-            name = "teacher" if role == "teacher" else "student, full precision"
-            shown = score.show(2) if score else ""
-            table.append([name, f"{parameters:,}", f"{rows[0].bytes:,}", str(len(rows)), shown])
+    """A line for each teacher and full-precision student."""
+    table = [["network", "parameters", "bytes", "n", f"test {METRICS[results.metric].heading}"]]
+    for role, name in (("teacher", "teacher"), ("reference", "student, full precision")):
+        networks = _shared(results, role)  # type: ignore[arg-type]
+        alike = [next(iter(network.rows.values())).parameters for network in networks]
+        for network, parameters in zip(networks, alike):
+            of = f" ({', '.join(f'`{point}`' for point in network.points)})" if alike.count(parameters) > 1 else ""
+            size, n = next(iter(network.rows.values())).bytes, len(network.rows)
+            table.append(
+                [name + of, f"{parameters:,}", f"{size:,}", str(n), _score_of(network, results.metric).show(2)]
+            )
     return table if len(table) > 1 else []
 
 
@@ -173,7 +204,7 @@ def plot(results: SweepResults, path: Path) -> bool:
         lines.setdefault(point.series, []).append(point)
     for place, (series, points) in enumerate(lines.items()):
         _draw(axes, results.metric, series, points, *_LINES[place % len(_LINES)])
-    _draw_reference(axes, results, drawn)
+    _draw_reference(axes, results)
     _draw_paper(axes, results)
     axes.set_xscale("log")
     axes.set(xlabel="bytes of the file", ylabel=f"test {METRICS[results.metric].heading}")
@@ -203,10 +234,11 @@ def _draw(axes: Axes, metric: str, series: str, points: list[PointRecord], colou
     )
 
 
-def _draw_reference(axes: Axes, results: SweepResults, points: list[PointRecord]) -> None:
-    scores = {round(found.mean, 2) for p in points if (found := p.reference_score(results.metric))}
-    if len({cell.reference.parameters for p in points for cell in p.done if cell.reference}) == 1:
-        height = sum(scores) / len(scores)
+def _draw_reference(axes: Axes, results: SweepResults) -> None:
+    """A line where the full-precision student stands that most points share, if all are of one size."""
+    networks = _shared(results, "reference")
+    if len({row.parameters for network in networks for row in network.rows.values()}) == 1:
+        height = _score_of(max(networks, key=lambda network: len(network.points)), results.metric).mean
         axes.axhline(height, color="#777777", linestyle=":", linewidth=1.2, label="full precision")
 
 

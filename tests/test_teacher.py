@@ -19,7 +19,7 @@ from small import (
     weights,
 )
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from transformers import MarianMTModel, PreTrainedTokenizerFast
 
 from hfcompress.errors import TeacherError
 from hfcompress.teacher import check, check_vocabularies, logits_of
@@ -196,3 +196,20 @@ def test_permuted_ids_are_refused_with_the_first_conflicts():
 def test_a_token_more_is_refused():
     with pytest.raises(TeacherError, match=r"differ in 1 of 7 ids .*: 6 is None / 'd'"):
         check_vocabularies(tokenizer("abc"), tokenizer("abcd"))
+
+
+def test_the_tokenizer_beside_the_teacher_is_the_students(tmp_path, caplog):
+    folder = tmp_path / "teacher"
+    marian(seed=1).save_pretrained(folder)
+
+    def trainer():
+        given = {"teacher": MarianMTModel.from_pretrained(folder), "processing_class": tokenizer("abcd")}
+        return translation_trainer(tmp_path / "out", given=given)
+
+    assert trainer() and f"No tokenizer lies beside the teacher in {folder}" in caplog.text
+    tokenizer("abdc").save_pretrained(folder)
+    with pytest.raises(TeacherError, match="differ in 2 of 7 ids"):
+        trainer()
+    caplog.clear()
+    tokenizer("abcd").save_pretrained(folder)
+    assert trainer() and "tokenizer" not in caplog.text

@@ -18,7 +18,7 @@ from hfcompress.backends import Generate, ctranslate2_backend, encode
 from hfcompress.cli import app
 from hfcompress.errors import DataError, ResumeError, TeacherError
 from hfcompress.schema import Filters, Sequences
-from hfcompress.sources import read_split
+from hfcompress.sources import read_split, report_breaks
 from hfcompress.tasks import task_of
 from hfcompress.teacher_cache import Process
 from hfcompress.teaching import check_direction, make_dataset, monolingual
@@ -140,12 +140,13 @@ def test_nothing_left_is_an_error(taught, tmp_path):
         make_dataset(model, tokenizer, texts(pairs), replace(SETTINGS, filters=Filters(least_score=0.0)), tmp_path)
 
 
-def test_ctranslate2_says_the_same(taught, tmp_path):
+@pytest.mark.parametrize("beams", [1, 3])
+def test_ctranslate2_says_the_same(taught, tmp_path, beams):
     pytest.importorskip("ctranslate2")
     model, tokenizer, pairs = taught
-    greedy = replace(SETTINGS, beams=1, n_best=1)
+    settings = replace(SETTINGS, beams=beams, n_best=1)
     made = [
-        make_dataset(model, tokenizer, texts(pairs), replace(greedy, engine=engine), tmp_path / engine)
+        make_dataset(model, tokenizer, texts(pairs), replace(settings, engine=engine), tmp_path / engine)
         for engine in ("transformers", "ctranslate2")
     ]
     assert made[0]["target"] == made[1]["target"]
@@ -164,6 +165,8 @@ def test_a_teacher_that_does_not_translate_is_refused_with_the_figure(taught):
 
 def test_a_line_ends_where_wc_says(tmp_path, caplog):
     path = tmp_path / "text"
+    report_breaks("pairs", ["eins\u2028", "zwei"])
+    assert "pairs: 1 of 2 lines hold CR" in caplog.text
     path.write_bytes("eins\u2028zwei\r\n\n\x85drei\vvier\rfünf\n".encode())
     text = monolingual(path)
     assert text.sources == ["eins\u2028zwei\r", "\x85drei\vvier\rfünf"] and path.read_bytes().count(b"\n") == 3
