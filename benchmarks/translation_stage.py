@@ -4,7 +4,8 @@
 
 Plain: batches of sentences sorted by length, through the tokenizer, `generate` and back. The stage does that, chooses
 by chrF among the n best, scores what it chose by the teacher's cross-entropy, and writes shards. torch has one thread,
-chrF another; sides in turn, every other round backwards. The machine should be quiet.
+chrF another; sides in turn, every other round backwards. CTranslate2 in float32 is timed beside them, and how many of
+its best translations are others than plain's is counted. Needs the extra `export`. The machine should be quiet.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import torch
 from datasets import load_dataset
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from hfcompress.backends import Generate, encode
+from hfcompress.backends import Backend, Generate, ctranslate2_backend, encode
 from hfcompress.schema import Sequences
 from hfcompress.translate import Text, translate
 
@@ -38,28 +39,35 @@ def main() -> None:
     pairs = rows["translation"] if "translation" in rows.column_names else rows
     sources, references = ([pair[side] for pair in pairs] for side in (options.source, options.target))
     settings = Sequences(max_new_tokens=64)
-    backend = Generate(model, tokenizer, settings)
     by_length = sorted(sources, key=lambda s: len(tokenizer(s)["input_ids"]))
+    best: dict[str, list[str]] = {}
 
-    def plain() -> None:
-        for begin in range(0, len(by_length), settings.batch_size):
-            batch = by_length[begin : begin + settings.batch_size]
-            backend(batch, encode(model, tokenizer, batch))
+    def through(name: str, backend: Backend) -> None:
+        batches = [by_length[i : i + settings.batch_size] for i in range(0, len(by_length), settings.batch_size)]
+        best[name] = [found[0] for batch in batches for found in backend(batch, encode(model, tokenizer, batch))]
 
     def stage() -> None:
         with tempfile.TemporaryDirectory() as folder:
             translate(model, tokenizer, [Text("train", sources, references)], settings, Path(folder))
 
-    sides = {"plain": plain, "stage": stage}
+    generate, converted = Generate(model, tokenizer, settings), ctranslate2_backend(model, tokenizer, settings)
+    sides = {
+        "plain": lambda: through("plain", generate),
+        "stage": stage,
+        "ctranslate2": lambda: through("ctranslate2", converted),
+    }
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(options.rounds):
         for name, side in list(sides.items())[:: 1 if turn % 2 else -1]:
             started = time.perf_counter()
             side()
             seconds[name].append(time.perf_counter() - started)
-    before, after = (statistics.median(seconds[name]) for name in sides)
-    print(f"| {settings.beams} beams, {settings.n_best} best | plain {len(sources) / before:.1f} sentences/s |", end="")
-    print(f" stage {len(sources) / after:.1f} | {before / after:.3f} × |")
+    speeds = {name: len(sources) / statistics.median(own) for name, own in seconds.items()}
+    others = sum(one != other for one, other in zip(best["plain"], best["ctranslate2"]))
+    print(f"{settings.beams} beams, {settings.n_best} best, {len(sources)} sentences; CTranslate2's differ in {others}")
+    print("| side | sentences/s | × plain |\n| --- | ---: | ---: |")
+    for name, speed in speeds.items():
+        print(f"| {name} | {speed:.1f} | {speed / speeds['plain']:.3f} |")
 
 
 if __name__ == "__main__":

@@ -107,8 +107,11 @@ def compare(
         outputs: dict[tuple[int, int], list[str]] = {}
         for i, side in enumerate(sides):
             for count in counts:
-                shown.update(line, note=f"{side.model}, {side.engine}")
+                note = f"{side.model}, {side.engine}, {'greedy' if count == 1 else f'beam {count}'}"
+                shown.update(line, note=note)
                 outputs[i, count] = said.of(side, count, list(tests[side.test]["source"]))
+                if not console.is_terminal:
+                    console.print(f"translated: {side.test}: {note}", markup=False, highlight=False)
                 shown.advance(line)
         line = shown.add_task("timing", total=len(counts) * len(batches), note="")
         speeds: list[list[Speed]] = [[] for _ in sides]

@@ -21,6 +21,7 @@ from transformers import (
     TimmWrapperForImageClassification,
     set_seed,
 )
+from transformers.utils import cached_file
 
 from hfcompress import zoo
 from hfcompress.claims import unsaved
@@ -106,18 +107,18 @@ def tokenizer_of(network: Network) -> str:
 def check_tokenizers(teacher: nn.Module, tokenizer: Any) -> None:
     """Compare `tokenizer` with the teacher's own, which lies where the teacher was loaded from: a folder, or the cache.
 
-    Raises TeacherError: an id is another token. Says so where the teacher has none there; a teacher made in code was
-    loaded from nowhere.
+    Says so where the teacher has none there; a teacher made in code was loaded from nowhere. Raises TeacherError: an id
+    is another token; DataError: it cannot be read.
     """
     place = teacher.name_or_path if isinstance(teacher, PreTrainedModel) else ""
     if not place or not isinstance(tokenizer, PreTrainedTokenizerBase):
         return
     try:
-        own = AutoTokenizer.from_pretrained(place, local_files_only=True)
-    except (OSError, ValueError):
+        cached_file(place, "tokenizer_config.json", local_files_only=True)
+    except OSError:
         logger.warning("No tokenizer lies beside the teacher in %s: it is not compared with the student's.", place)
         return
-    check_vocabularies(own, tokenizer)
+    check_vocabularies(from_pretrained(AutoTokenizer, place), tokenizer)
 
 
 def from_pretrained(auto: Any, name: str, revision: str | None = None) -> Any:

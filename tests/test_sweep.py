@@ -182,8 +182,8 @@ def test_a_faulty_sweep_is_answered_in_one_line(path, tmp_path):
 # ------------------------------------------------------------------------------------------ means and tables
 
 
-def pretend(plan, folder: Path, found: dict[tuple[str, int], tuple[int, float, float]]) -> None:
-    """Cells as runs leave them: (point, seed) → (bytes, validation score, test score)."""
+def pretend(plan, folder: Path, found: dict[tuple[str, int], tuple[int, float, float]], student: float = 90.0) -> None:
+    """Cells as runs leave them: (point, seed) → (bytes, validation score, test score). student: its test score."""
     for cell in plan.cells:
         if (cell.point.name, cell.seed) not in found:
             continue
@@ -197,7 +197,7 @@ def pretend(plan, folder: Path, found: dict[tuple[str, int], tuple[int, float, f
 
         rows = [
             Row(name, 1000, size_, 8.0, 900, {"accuracy": score(value)})  # type: ignore[arg-type]
-            for name, size_, value in (("student", 4000, 90.0), ("compressed", size, test))
+            for name, size_, value in (("student", 4000, student), ("compressed", size, test))
         ]
         hardware = {"cpu": "A processor", "cores": 2, "gpus": []}
         Results(tuple(rows), cell.seed, {"torch": "2.9"}, hardware, {"compressed": 61.0}).save(place / RESULTS)
@@ -226,6 +226,16 @@ def test_the_table_holds_means_and_what_is_missing(made):
     assert "A processor, 2 cores, no GPU. Training the compressed student took, a seed: `2bit` 1 min 1 s" in table
     assert "```bash\nhfcompress sweep tiny.yaml\n```" in table and "# Digits at two rates\n" in table
     assert not results.complete and results.failed == 0
+
+
+def test_students_trained_otherwise_are_no_seeds_of_one(path, tmp_path):
+    plan = load_sweep(path, ["points=[{name: 2bit}, {name: 4bit}, {name: 6bit}]"])
+    pretend(plan, tmp_path, {("2bit", 0): (1000, 70, 60.0), ("4bit", 0): (2000, 72, 62), ("4bit", 1): (2100, 72, 62)})
+    pretend(plan, tmp_path, {("6bit", 0): (3000, 60, 50.0)}, student=80.0)
+    write_table(gather(plan, tmp_path), "hfcompress", tmp_path / "table.md")
+    table = (tmp_path / "table.md").read_text()
+    assert "| student, full precision (`2bit`, `4bit`) | 1,000 | 4,000 | 2 | 90.00 ± 0.00 |" in table
+    assert "| student, full precision (`6bit`) | 1,000 | 4,000 | 1 | 80.00 |" in table
 
 
 def test_the_operating_point_is_chosen_on_the_validation_split(path, tmp_path):
