@@ -14,8 +14,9 @@ from hfcompress.report import entitle, readable_sizes, save_picture
 from hfcompress.results import METRICS, Row
 from hfcompress.sweep_results import Mean, PointRecord, SweepResults, mean
 
-# Okabe and Ito's palette, which the colour-blind tell apart; each line has its own marker too
-_LINES = (("#D55E00", "o"), ("#0072B2", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P"))
+# Okabe and Ito's palette, and two of Tol's, which the colour-blind tell apart; each line has its own marker too
+_COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933")
+_LINES = tuple(zip(_COLOURS, "os^DvPX<"))
 _PAPER = "#000000"
 
 
