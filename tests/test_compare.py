@@ -45,7 +45,8 @@ def runs(tmp_path_factory):
 def test_every_network_by_both_engines(runs, said):
     done = hfcompress(said, "compare", *runs, "--output", said / "found", *OPTIONS)
     assert done.code == 0, done.err
-    assert done.out.count(CTRANSLATE2) == 4 and "BLEU, beam 2" in done.out
+    assert sum(line.startswith("│") and CTRANSLATE2 in line for line in done.out.splitlines()) == 4
+    assert done.out.count("translated: ") == 16 and "BLEU, beam 2" in done.out
     found = Comparison.load(said / "found" / "comparison.json")
     names = [row.model for row in found.rows]
     assert names[::2] == names[1::2] and [row.engine for row in found.rows] == [TRANSFORMERS, CTRANSLATE2] * 4
