@@ -120,7 +120,7 @@ def _table(rows: Sequence[Compared]) -> Table:
     beams = list(rows[0].scores)
     speeds = [f"{_beam(speed.beams)}, batch {speed.batch}" for speed in rows[0].speeds]
     scores = [f"{METRICS[metric].name}, {_beam(b)}" for b in beams for metric in rows[0].scores[b]]
-    table = [["network", "engine", "parameters", "bytes", "bits", "gzipped", *scores, "against int8", *speeds]]
+    table = [["network", "engine", "parameters", "bytes", "bits a weight", "gzipped", *scores, "against int8", *speeds]]
     for row in rows:
         values = [_score(score) for b in beams for score in row.scores[b].values()]
         times = [f"{speed.tokens_per_second:,.0f} ({speed.ms_per_sentence:.1f})" for speed in row.speeds]
@@ -174,7 +174,7 @@ def _draw(axes: Axes, rows: Sequence[Compared]) -> None:
         if engine == TRANSFORMERS:  # the other's intervals are as wide, and lie on one another
             for size, score in own:
                 axes.plot([size, size], score.interval, color=_COLOURS[engine], linewidth=0.7)
-    named = sorted((row for row in rows if row.engine == TRANSFORMERS), key=lambda row: row.bytes)
+    named = sorted((row for row in rows if row.engine == TRANSFORMERS), key=lambda row: row.best["bleu"].value)
     for place, row in enumerate(named):
         axes.annotate(
             row.model,
