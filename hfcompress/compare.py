@@ -4,8 +4,7 @@ import gzip
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,14 +13,11 @@ from typing import Any
 import torch
 from datasets import Dataset
 from rich.console import Console
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from hfcompress import report
-from hfcompress.backends import Generate, converted_backend, converter, encode
-from hfcompress.card_text import data_name
 from hfcompress.comparison import (
     CTRANSLATE2,
-    TRANSFORMERS,
     Against,
     Compared,
     Comparison,
@@ -30,54 +26,14 @@ from hfcompress.comparison import (
     print_table,
     write_table,
 )
-from hfcompress.errors import ConfigError
-from hfcompress.evaluate import corpus_scores, differences, weight_files
+from hfcompress.evaluate import corpus_scores, differences
 from hfcompress.files import write_atomically
 from hfcompress.measure import key_of
 from hfcompress.networks import from_pretrained
-from hfcompress.output import RECIPE, RESULTS, STAGES
 from hfcompress.progress import bar, quiet_libraries
-from hfcompress.recipe import load
-from hfcompress.results import Results
-from hfcompress.schema import Recipe, Sequences
-from hfcompress.scoring import told_apart
+from hfcompress.sides import Side, sides_of
 from hfcompress.stages import fingerprint
 from hfcompress.tasks import scoring_settings, task_of
-
-Translate = Callable[[list[str]], list[str]]
-
-
-@dataclass(frozen=True)
-class Side:
-    """A network as an engine runs it. `folder` has its own files, `converted` those of CTranslate2.
-
-    `key`: of its files; `student`: of the full-precision student's of its run.
-    """
-
-    test: str
-    model: str
-    engine: str
-    folder: Path
-    converted: Path | None
-    parameters: int
-    recipe: Recipe
-    key: str
-    student: str
-
-    def translator(self, beams: int, threads: int = 0) -> Translate:
-        """What translates sentences with so many beams."""
-        settings = Sequences(beams=beams, n_best=1, max_new_tokens=self.recipe.evaluation.max_new_tokens)
-        tokenizer = from_pretrained(AutoTokenizer, str(self.folder))
-        model = from_pretrained(AutoModelForSeq2SeqLM, str(self.folder)).eval()
-        if self.converted is not None:
-            translate = converted_backend(self.converted, model.generation_config, tokenizer, settings, threads)
-            return lambda sentences: [best for (best,) in translate(sentences)]
-        generate = Generate(model, tokenizer, settings)
-        return lambda sentences: [best for (best,) in generate(sentences, encode(model, tokenizer, sentences))]
-
-    def files(self) -> list[Path]:
-        """Of its weights."""
-        return weight_files(self.folder) if self.converted is None else [self.converted / "model.bin"]
 
 
 def compare(
@@ -93,13 +49,11 @@ def compare(
 ) -> Comparison:
     """Score and time the teachers, students and compressed files of `runs` and their exports; write table and plot.
 
-    Translations are kept in `output`/translations.json, and taken from there by the next call. Raises ConfigError: a
-    folder that is no run of a translation recipe, CTranslate2 is not installed; DataError, FormatError: its files.
+    Translations are kept in `output`/translations.json, and taken from there by the next call. Raises as `sides_of`.
     """
     quiet_libraries()
-    converter()  # before anything takes time
     with TemporaryDirectory() as folder, bar(console) as shown:
-        sides = list(_sides(runs, Path(folder)))
+        sides = list(sides_of(runs, Path(folder)))
         tests = {side.test: task_of(side.recipe, data_root).rows("test") for side in sides}
         said = _Translations(output / "translations.json", data_root)
         counts = sorted({1, beams})
@@ -128,60 +82,6 @@ def compare(
     plot(found, output / "plot.png")
     print_table(found, console)
     return found
-
-
-# ------------------------------------------------------------------------------------------ what is compared
-
-
-def _sides(runs: Sequence[Path], root: Path) -> Iterator[Side]:
-    """By test set and role; a network that several runs share comes once. Each by transformers, then by CTranslate2."""
-    opened = [(run, *_open(run)) for run in dict.fromkeys(runs)]
-    for test in dict.fromkeys(_test(recipe) for _, recipe, _ in opened):
-        own = [found for found in opened if _test(found[1]) == test]
-        labels = _labels([run for run, _, _ in own])
-        for role in ("teacher", "student", "compressed"):
-            seen: set[str] = set()
-            for run, recipe, results in own:
-                row, folder = results.row(role), _folder(run, role)
-                if row is None or (key := key_of(folder, "", ())) in seen:
-                    continue
-                title = f"{row.bits_per_weight:.2f} bits" if role == "compressed" else row.title
-                told = seen or (role == "compressed" and len(own) > 1)
-                name, converted = f"{title}, {labels[run]}" if told else title, root / key
-                seen.add(key)
-                list(converter()(from_pretrained(AutoModelForSeq2SeqLM, str(folder)), folder, converted, "int8", None))
-                keys = key, key_of(_folder(run, "student"), "", ())
-                for engine, place in ((TRANSFORMERS, None), (CTRANSLATE2, converted)):
-                    yield Side(test, name, engine, folder, place, row.parameters, recipe, *keys)
-
-
-def _folder(run: Path, role: str) -> Path:
-    return run / "student" if role == "compressed" else run / STAGES / role
-
-
-def _labels(runs: Sequence[Path]) -> dict[Path, str]:
-    """What tells the runs' folders apart, without what all of them end in (a sweep's `seed-0`)."""
-    parts = {run: run.parts for run in runs}
-    while len(runs) > 1 and len({own[-1] for own in parts.values()}) == 1:
-        parts = {run: own[:-1] for run, own in parts.items()}
-    short = {run: str(Path(*own)) for run, own in parts.items()}
-    told = told_apart(list(short.values()))
-    return {run: told[name] for run, name in short.items()}
-
-
-def _open(run: Path) -> tuple[Recipe, Results]:
-    if not (run / RESULTS).is_file() or not (run / RECIPE).is_file():
-        raise ConfigError(f"{run} is no finished run: expected {RESULTS} and {RECIPE}, as `hfcompress run` leaves them")
-    (recipe,) = load(run / RECIPE)
-    if recipe.translation is None:
-        raise ConfigError(f"{run} is a run of an image recipe; only translation is compared")
-    return recipe, Results.load(run / RESULTS)
-
-
-def _test(recipe: Recipe) -> str:
-    data = recipe.translation
-    assert data is not None
-    return f"{data_name(recipe)} {data.source}→{data.target}, {data.test}"
 
 
 # ------------------------------------------------------------------------------------------ scores

@@ -83,4 +83,11 @@ def test_what_is_refused(runs, said):
     shutil.copy(runs[0] / "results.json", pictures)
     (pictures / "recipe.yaml").write_text(TINY, encoding="utf-8")
     assert "is a run of an image recipe; only translation is compared" in refusal(pictures)
+    fewer = said / "fewer"
+    shutil.copytree(runs[0], fewer)
+    text = (fewer / "recipe.yaml").read_text(encoding="utf-8")
+    (fewer / "recipe.yaml").write_text(text.replace("test_rows: 40", "test_rows: 30"), encoding="utf-8")
+    assert "mean different rows by phrases spelled out" in (told := refusal(runs[0], fewer)) and "test_rows" in told
+    shutil.rmtree(fewer / "stages")
+    assert "has lost stages/student" in refusal(fewer)
     assert not (said / "found").exists()

@@ -38,10 +38,10 @@ compress_rules
 hub compress export_ctranslate2 export_onnx
 trainer resume export backends
 card_text report tasks translate
-card stages scoring measure teaching
-plain_card run translate_command
+card stages scoring measure teaching comparison
+plain_card run translate_command sides
 compress_command
-sweep_schema dry_run comparison
+sweep_schema dry_run
 sweep_results compare
 sweep_report
 sweep
