@@ -244,7 +244,7 @@ def _draw_reference(axes: Axes, results: SweepResults) -> None:
 
 
 def _draw_paper(axes: Axes, results: SweepResults) -> None:
-    """Crosses, each with its label: towards the middle, and above or below in turn among those of like height."""
+    """Crosses, each with its label: inside, and above or below in turn among those of like height."""
     sizes = {point.name: point.bytes.mean for point in results.points if point.bytes}
     marks: list[tuple[float, float, str]] = []
     for figure in results.paper:
@@ -252,11 +252,14 @@ def _draw_paper(axes: Axes, results: SweepResults) -> None:
         if figure.bytes:
             marks.append((figure.bytes, figure.score, figure.label))
         elif ours is not None:
-            marks.append((ours, figure.score, f"{figure.label} (our bytes)"))
+            marks.append((ours, figure.score, figure.label))
     seen = [*sizes.values(), *(size for size, _, _ in marks)]
+    said = {"the paper" if figure.bytes else "the paper, at our bytes" for figure in results.paper}
+    if marks:
+        axes.plot([], [], color=_PAPER, marker="x", linestyle="", label=" or ".join(sorted(said)))
     for number, (size, score, note) in enumerate(sorted(marks, key=lambda mark: mark[1])):
         axes.plot([size], [score], color=_PAPER, marker="x", linestyle="", markersize=7)
-        left = size * size > min(seen) * max(seen)
+        left = size > min(seen) ** 0.4 * max(seen) ** 0.6  # its label would leave the picture on the right
         axes.annotate(
             note,
             (size, score),

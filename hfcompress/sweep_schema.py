@@ -74,8 +74,9 @@ class Choice:
 class Sweep:
     """A grid of runs and what their results are held against. `recipe`: a path (from the sweep's folder), a shipped
     recipe's name, or a recipe's own sections. `grid`: axis → label → overrides; `leave_out`: names of combinations,
-    with shell wildcards, that are not run; `after_training`: those of which the student that was compressed after its
-    training is what counts. `metric`: the one that counts; null: the task's first.
+    with shell wildcards, that are not run; `lines`: such names → how their line in the plot is called, after the labels
+    of all axes but the last; `after_training`: those of which the student that was compressed after its training is
+    what counts. `metric`: the one that counts; null: the task's first.
     """
 
     title: str
@@ -84,6 +85,7 @@ class Sweep:
     points: tuple[Point, ...] = ()
     grid: dict[str, dict[Name, Overrides]] = field(default_factory=dict)
     leave_out: tuple[str, ...] = ()
+    lines: dict[str, str] = field(default_factory=dict)
     after_training: tuple[str, ...] = ()
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0,), min_length=1)
     metric: Literal["accuracy", "bleu", "chrf"] | None = None
@@ -115,7 +117,8 @@ class Sweep:
             if not any(fnmatchcase(name, pattern) for pattern in self.leave_out):
                 overrides = [text for axis, label in zip(self.grid.values(), labels) for text in axis[label]]
                 after = any(fnmatchcase(name, pattern) for pattern in self.after_training)
-                series = ["-".join(labels[:-1]), "after training" if after else ""]
+                line = next((line for pattern, line in self.lines.items() if fnmatchcase(name, pattern)), "")
+                series = ["-".join(labels[:-1]), line, "after training" if after else ""]
                 made.append(
                     Point(
                         name=name,

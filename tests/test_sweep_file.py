@@ -53,6 +53,9 @@ def test_a_grid_is_the_product_of_its_axes(tmp_path):
     assert plan.cells[5].recipe.name == "digits-two-2bit-seed-4"
     assert [len(cell.recipe.student.arguments) for cell in plan.cells] == [1] * 4 + [2] * 4
     assert [point.series for point in plan.sweep.all_points()] == ["one", "one", "two", "two"]
+    named = load_sweep(plan.path, ["lines={'*-2bit': coarse}", "after_training=['two-*']"]).sweep.all_points()
+    wanted = ["one, coarse", "one", "two, coarse, after training", "two, after training"]
+    assert [point.series for point in named] == wanted
 
 
 def test_points_come_before_the_grid_and_combinations_can_be_left_out(tmp_path):
