@@ -167,7 +167,8 @@ class Shown:
         return self
 
     def __call__(self, done: int, total: int, speed: float | None = None) -> None:
-        self.note = f"{done:,} of {total:,} rows" + (f", {speed:,.0f} tokens/s" if speed else "")
+        share = " of this process" if PartialState().num_processes > 1 else ""
+        self.note = f"{done:,} of {total:,} rows{share}" + (f", {speed:,.0f} tokens/s" if speed else "")
         if self.bar is not None:
             self.bar.update(self.line, completed=done, total=total, note=f"{speed:,.0f} tokens/s" if speed else "")
 
