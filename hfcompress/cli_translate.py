@@ -78,9 +78,10 @@ def compare(
     sentences: Annotated[int, typer.Option(min=1, help="Of the test set, for the timing.")] = 64,
     rounds: Annotated[int, typer.Option(min=1, help="Of the timing.")] = 5,
 ) -> None:
-    """Compare the teachers, students and files of runs: bytes, BLEU, chrF, and speed on one thread of the CPU.
+    """Compare teachers, students and files of translation runs.
 
-    Each as transformers runs it and as CTranslate2 does in int8. Translations are kept: called again, it only times.
+    Bytes, BLEU, chrF, and speed on one thread of the CPU; each as transformers runs it and as CTranslate2 does in
+    int8. Translations are kept: called again, it only times.
     """
     from hfcompress.compare import compare as measured
 

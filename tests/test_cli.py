@@ -23,7 +23,20 @@ from hfcompress.checkpoint import FILE_NAME, save
 from hfcompress.recipe import available
 from hfcompress.stages import MARKER
 
-COMMANDS = ("run", "sweep", "evaluate", "compress", "inspect", "verify", "export", "push", "recipes", "recipes show")
+COMMANDS = (
+    "run",
+    "sweep",
+    "evaluate",
+    "compress",
+    "inspect",
+    "verify",
+    "export",
+    "push",
+    "translate",
+    "compare",
+    "recipes",
+    "recipes show",
+)
 PAIRS = """\
 name: pairs
 translation: {folder: pairs, source: de, target: en}
