@@ -22,11 +22,12 @@ from hfcompress.comparison import (
     Compared,
     Comparison,
     Speed,
+    beam_name,
     plot,
     print_table,
     write_table,
 )
-from hfcompress.evaluate import corpus_scores, differences
+from hfcompress.evaluate import corpus_scores, differences, translated
 from hfcompress.files import write_atomically
 from hfcompress.measure import key_of
 from hfcompress.networks import from_pretrained
@@ -54,14 +55,15 @@ def compare(
     quiet_libraries()
     with TemporaryDirectory() as folder, bar(console) as shown:
         sides = list(sides_of(runs, Path(folder)))
-        tests = {side.test: task_of(side.recipe, data_root).rows("test") for side in sides}
+        recipes = {side.test: side.recipe for side in sides}  # of a test set the same rows, whichever
+        tests = {test: task_of(recipe, data_root).rows("test") for test, recipe in recipes.items()}
         said = _Translations(output / "translations.json", data_root)
         counts = sorted({1, beams})
         line = shown.add_task("translating", total=len(sides) * len(counts), note="")
         outputs: dict[tuple[int, int], list[str]] = {}
         for i, side in enumerate(sides):
             for count in counts:
-                note = f"{side.model}, {side.engine}, {'greedy' if count == 1 else f'beam {count}'}"
+                note = f"{side.model}, {side.engine}, {beam_name(count)}"
                 shown.update(line, note=note)
                 outputs[i, count] = said.of(side, count, list(tests[side.test]["source"]))
                 if not console.is_terminal:
@@ -92,21 +94,15 @@ class _Translations:
 
     def __init__(self, path: Path, data_root: Path | None) -> None:
         self.path, self.data_root = path, data_root
+        self.machine = report.versions(), report.hardware()
         self.kept: dict[str, list[str]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
     def of(self, side: Side, beams: int, sources: list[str]) -> list[str]:
         """By so many beams, in batches of like length, longest first."""
-        asked = scoring_settings(side.recipe, self.data_root), report.versions(), report.hardware(), side.engine, beams
+        asked = scoring_settings(side.recipe, self.data_root), *self.machine, side.engine, beams
         key = key_of(side.folder, fingerprint(*asked), ())
         if key not in self.kept:
-            translate, size = side.translator(beams), side.recipe.evaluation.batch_size
-            outputs = [""] * len(sources)
-            order = sorted(range(len(sources)), key=lambda i: -len(sources[i]))
-            for start in range(0, len(order), size):
-                rows = order[start : start + size]
-                for i, text in zip(rows, translate([sources[i] for i in rows])):
-                    outputs[i] = text
-            self.kept[key] = outputs
+            self.kept[key] = translated(side.translator(beams), sources, side.recipe.evaluation.batch_size)
             write_atomically(self.path, json.dumps(self.kept, ensure_ascii=False, indent=0).encode())
         return self.kept[key]
 
@@ -157,18 +153,17 @@ def _timed(
         translators = [side.translator(beams, threads=1) for side in sides]
         given = [_sample(list(tests[side.test]["source"]), sentences, batch) for side in sides]
         seconds: list[list[float]] = [[] for _ in sides]
-        counts = [0] * len(sides)
+        texts: list[list[str]] = [[] for _ in sides]
         for turn in range(rounds + 1):
             for i in list(range(len(sides)))[:: 1 if turn % 2 else -1]:
                 started = time.perf_counter()
-                texts = [text for part in given[i] for text in translators[i](part)]
+                texts[i] = [text for part in given[i] for text in translators[i](part)]
                 seconds[i].append(time.perf_counter() - started)
-                counts[i] = _tokens(sides[i], texts)
     finally:
         torch.set_num_threads(threads)
     for i, own in enumerate(seconds):
         median, count = statistics.median(own[1:]), sum(map(len, given[i]))
-        yield Speed(beams, batch, counts[i] / median, 1000 * median / count)
+        yield Speed(beams, batch, _tokens(sides[i], texts[i]) / median, 1000 * median / count)
 
 
 def _sample(sources: list[str], count: int, batch: int) -> list[list[str]]:

@@ -16,12 +16,11 @@ from rich.table import Table as Shown
 
 from hfcompress.card_text import Table, hardware_words, markdown_table
 from hfcompress.files import write_atomically
-from hfcompress.report import entitle, readable_sizes, save_picture
+from hfcompress.report import entitle, plus_minus, readable_sizes, save_picture
 from hfcompress.results import METRICS, Score
 
 TRANSFORMERS, CTRANSLATE2 = "transformers", "CTranslate2 int8"
-_COLOURS = {TRANSFORMERS: "#D55E00", CTRANSLATE2: "#0072B2"}
-_MARKERS = {TRANSFORMERS: "o", CTRANSLATE2: "s"}
+_STYLES = {TRANSFORMERS: ("#D55E00", "o"), CTRANSLATE2: ("#0072B2", "s")}
 
 
 @checked(frozen=True)
@@ -118,11 +117,11 @@ def _sections(found: Comparison) -> Iterator[str]:
 
 def _table(rows: Sequence[Compared]) -> Table:
     beams = list(rows[0].scores)
-    speeds = [f"{_beam(speed.beams)}, batch {speed.batch}" for speed in rows[0].speeds]
-    scores = [f"{METRICS[metric].name}, {_beam(b)}" for b in beams for metric in rows[0].scores[b]]
+    speeds = [f"{beam_name(speed.beams)}, batch {speed.batch}" for speed in rows[0].speeds]
+    scores = [f"{METRICS[metric].name}, {beam_name(b)}" for b in beams for metric in rows[0].scores[b]]
     table = [["network", "engine", "parameters", "bytes", "bits a weight", "gzipped", *scores, "against int8", *speeds]]
     for row in rows:
-        values = [_score(score) for b in beams for score in row.scores[b].values()]
+        values = [plus_minus(score) for b in beams for score in row.scores[b].values()]
         times = [f"{speed.tokens_per_second:,.0f} ({speed.ms_per_sentence:.1f})" for speed in row.speeds]
         sizes = [f"{row.parameters:,}", f"{row.bytes:,}", f"{row.bits:.2f}", f"{row.gzipped:,}"]
         table.append([row.model, row.engine, *sizes, *values, _against(row), *times])
@@ -137,23 +136,19 @@ def print_table(found: Comparison, console: Console) -> None:
     """What matters most of each row: for a terminal."""
     for test in found.tests:
         rows = [row for row in found.rows if row.test == test]
-        beams, batch = _beam(max(rows[0].scores)), rows[0].speeds[0].batch
-        speed = f"tokens/s, {_beam(rows[0].speeds[0].beams)}, batch {batch}"
+        beams, batch = beam_name(max(rows[0].scores)), rows[0].speeds[0].batch
+        speed = f"tokens/s, {beam_name(rows[0].speeds[0].beams)}, batch {batch}"
         table = Shown("network", "engine", "bytes", "bits", f"BLEU, {beams}", "against int8", speed, title=escape(test))
         for row in rows:
-            score, fast = _score(row.best["bleu"]), f"{row.speeds[0].tokens_per_second:,.0f}"
+            score, fast = plus_minus(row.best["bleu"]), f"{row.speeds[0].tokens_per_second:,.0f}"
             cells = [row.model, row.engine, f"{row.bytes:,}", f"{row.bits:.2f}", score, _against(row), fast]
             table.add_row(*map(escape, cells))
         console.print(table)
 
 
-def _beam(beams: int) -> str:
+def beam_name(beams: int) -> str:
+    """How a search with so many beams is called."""
     return "greedy" if beams == 1 else f"beam {beams}"
-
-
-def _score(score: Score) -> str:
-    low, high = score.interval
-    return f"{score.value:.2f} ±{(high - low) / 2:.1f}" if score.measured else f"{score.value:.2f}"
 
 
 def plot(found: Comparison, path: Path) -> None:
@@ -169,11 +164,12 @@ def plot(found: Comparison, path: Path) -> None:
 def _draw(axes: Axes, rows: Sequence[Compared]) -> None:
     for engine in dict.fromkeys(row.engine for row in rows):
         own = [(row.bytes, row.best["bleu"]) for row in rows if row.engine == engine]
-        style = {"color": _COLOURS[engine], "marker": _MARKERS[engine], "linestyle": "", "markersize": 5}
-        axes.plot([size for size, _ in own], [score.value for _, score in own], label=engine, **style)  # type: ignore
+        colour, marker = _STYLES[engine]
+        sizes, values = [size for size, _ in own], [score.value for _, score in own]
+        axes.plot(sizes, values, color=colour, marker=marker, linestyle="", markersize=5, label=engine)
         if engine == TRANSFORMERS:  # the other's intervals are as wide, and lie on one another
             for size, score in own:
-                axes.plot([size, size], score.interval, color=_COLOURS[engine], linewidth=0.7)
+                axes.plot([size, size], score.interval, color=colour, linewidth=0.7)
     named = sorted((row for row in rows if row.engine == TRANSFORMERS), key=lambda row: row.best["bleu"].value)
     for place, row in enumerate(named):
         axes.annotate(

@@ -95,9 +95,9 @@ def label_names(splits: Splits) -> list[str]:
     return list(splits.train.features["label"].names)
 
 
-def overlap(splits: Splits) -> int:
-    """How many test pairs have a source sentence that is also in train."""
-    known = set(_values(splits.train, "source"))
+def overlap(splits: Splits, among: Iterable[str] | None = None) -> int:
+    """How many test pairs have a source sentence that is also in train, or else `among` these sentences."""
+    known = set(_values(splits.train, "source") if among is None else among)
     return sum(sentence in known for sentence in _values(splits.test, "source"))
 
 

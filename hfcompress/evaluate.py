@@ -41,22 +41,35 @@ def score_translation(
     network = from_pretrained(AutoModelForSeq2SeqLM, model).eval().to(_device())
     tokenizer = from_pretrained(AutoTokenizer, model)
     sources, references = list(test["source"]), list(test["target"])
-    hypotheses = [""] * len(sources)
-    order = sorted(range(len(sources)), key=lambda i: -len(sources[i]))
-    for start in range(0, len(order), settings.batch_size):
-        rows = order[start : start + settings.batch_size]
-        batch = tokenizer([sources[i] for i in rows], return_tensors="pt", padding=True, truncation=True)
+
+    def translate(sentences: list[str]) -> list[str]:
+        batch = tokenizer(sentences, return_tensors="pt", padding=True, truncation=True)
         with torch.inference_mode():
             ids = network.generate(
                 **batch.to(network.device), num_beams=settings.beams, max_new_tokens=settings.max_new_tokens
             )
-        for i, text in zip(rows, tokenizer.batch_decode(ids, skip_special_tokens=True)):
-            hypotheses[i] = text
-        if progress is not None:
-            progress(min(start + len(rows), len(order)), len(order))
+        texts: list[str] = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return texts
+
+    hypotheses = translated(translate, sources, settings.batch_size, progress)
     return corpus_scores(hypotheses, references, settings.bootstrap), [
         Sample(s, r, h, CHRF().sentence_score(h, [r]).score) for s, r, h in zip(sources, references, hypotheses)
     ]
+
+
+def translated(
+    translate: Callable[[list[str]], list[str]], sources: Sequence[str], size: int, progress: Progress | None = None
+) -> list[str]:
+    """What `translate` makes of the sources, given so many at a time: those of like length together, longest first."""
+    hypotheses = [""] * len(sources)
+    order = sorted(range(len(sources)), key=lambda i: -len(sources[i]))
+    for start in range(0, len(order), size):
+        rows = order[start : start + size]
+        for i, text in zip(rows, translate([sources[i] for i in rows])):
+            hypotheses[i] = text
+        if progress is not None:
+            progress(min(start + len(rows), len(order)), len(order))
+    return hypotheses
 
 
 def corpus_scores(hypotheses: Sequence[str], references: Sequence[str], resamples: int) -> dict[str, Score]:

@@ -95,14 +95,15 @@ def print_table(results: Results, console: Console) -> None:
             readable_bytes(row.bytes),
             f"{row.bits_per_weight:.2f}",
             "" if ratio is None else f"{ratio:.1f}",
-            *(_plus_minus(row.scores.get(metric)) for metric in results.metrics),
+            *(plus_minus(row.scores.get(metric)) for metric in results.metrics),
             readable_bytes(row.int8_gzip_bytes),
             style="bold" if row.name == "compressed" else None,
         )
     console.print(table)
 
 
-def _plus_minus(score: Score | None) -> str:
+def plus_minus(score: Score | None) -> str:
+    """The value ± half the 95 % interval, where one was taken; of no score, nothing."""
     if score is None:
         return ""
     low, high = score.interval

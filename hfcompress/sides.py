@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
 
 from hfcompress.backends import Generate, converted_backend, converter, encode
 from hfcompress.card_text import data_name
@@ -40,6 +40,7 @@ class Side:
     converted: Path | None
     parameters: int
     recipe: Recipe
+    generation: GenerationConfig
     key: str
     student: str
 
@@ -47,10 +48,10 @@ class Side:
         """What translates sentences with so many beams."""
         settings = Sequences(beams=beams, n_best=1, max_new_tokens=self.recipe.evaluation.max_new_tokens)
         tokenizer = from_pretrained(AutoTokenizer, str(self.folder))
-        model = from_pretrained(AutoModelForSeq2SeqLM, str(self.folder)).eval()
         if self.converted is not None:
-            translate = converted_backend(self.converted, model.generation_config, tokenizer, settings, threads)
+            translate = converted_backend(self.converted, self.generation, tokenizer, settings, threads)
             return lambda sentences: [best for (best,) in translate(sentences)]
+        model = from_pretrained(AutoModelForSeq2SeqLM, str(self.folder)).eval()
         generate = Generate(model, tokenizer, settings)
         return lambda sentences: [best for (best,) in generate(sentences, encode(model, tokenizer, sentences))]
 
@@ -65,7 +66,7 @@ def sides_of(runs: Sequence[Path], root: Path) -> Iterator[Side]:
     Raises ConfigError: a folder that is no finished run of a translation recipe, runs of different test sets that are
     called the same, CTranslate2 is not installed; DataError, FormatError: a network's files.
     """
-    converter()
+    convert = converter()
     opened = [(run, *_open(run)) for run in dict.fromkeys(run.resolve() for run in runs)]
     for test in dict.fromkeys(_test(recipe) for _, recipe, _ in opened):
         own = [found for found in opened if _test(found[1]) == test]
@@ -75,15 +76,13 @@ def sides_of(runs: Sequence[Path], root: Path) -> Iterator[Side]:
             for place, (run, recipe, row, key) in enumerate(_networks(own, role)):
                 title = f"{row.bits_per_weight:.2f} bits" if role == "compressed" else row.title
                 several = place or (role == "compressed" and len(own) > 1)
-                name, folder, converted = (
-                    f"{title}, {labels[run]}" if several else title,
-                    _folder(run, role),
-                    root / key,
-                )
-                list(converter()(from_pretrained(AutoModelForSeq2SeqLM, str(folder)), folder, converted, "int8", None))
-                keys = key, key_of(_folder(run, "student"), "", ())
+                name = f"{title}, {labels[run]}" if several else title
+                folder, converted = _folder(run, role), root / key
+                model = from_pretrained(AutoModelForSeq2SeqLM, str(folder))
+                list(convert(model, folder, converted, "int8", None))
+                rest = row.parameters, recipe, model.generation_config, key, key_of(_folder(run, "student"), "", ())
                 for engine, files in ((TRANSFORMERS, None), (CTRANSLATE2, converted)):
-                    yield Side(test, name, engine, folder, files, row.parameters, recipe, *keys)
+                    yield Side(test, name, engine, folder, files, *rest)
 
 
 def _networks(runs: Sequence[tuple[Path, Recipe, Results]], role: str) -> Iterator[tuple[Path, Recipe, Row, str]]:

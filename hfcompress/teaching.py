@@ -14,6 +14,7 @@ from torch import nn
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase
 
 from hfcompress.backends import NO_CTRANSLATE2, Generate, ctranslate2_backend, encode
+from hfcompress.data import overlap
 from hfcompress.errors import ConfigError, TeacherError
 from hfcompress.loading import load
 from hfcompress.progress import bar
@@ -51,7 +52,9 @@ def prepare(
         texts = [Text("train", train["source"], train["target"])]
         if wanted.sequences.monolingual is not None:
             texts.append(monolingual((data_root or Path()) / wanted.sequences.monolingual))
-            _report_overlap(texts[-1], task.splits.test)
+            if found := overlap(task.splits, texts[-1].sources):
+                said = "%d test sentences are in %s too: scores may be too high."
+                logger.warning(said, found, texts[-1].origin)
         pairs = make_dataset(model, task.tokenizer, texts, wanted.sequences, stages / FOLDERS[0], console)
         pairs = pairs.select_columns(["source", "target"])
         own = train.select_columns(["source", "target"])
@@ -75,12 +78,6 @@ def prepare(
         )
     PartialState().wait_for_everyone()
     return TeacherCache(folder)
-
-
-def _report_overlap(text: Text, test: Dataset) -> None:
-    known = set(text.sources)
-    if found := sum(sentence in known for sentence in test["source"]):
-        logger.warning("%d test sentences are in %s too: scores may be too high.", found, text.origin)
 
 
 def _must_translate(recipe: Recipe) -> bool:
