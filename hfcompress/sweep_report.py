@@ -61,12 +61,13 @@ def _choices(results: SweepResults) -> Table:
     metric = METRICS[results.metric].heading
     table = [["operating point", "point", "n", "bytes", "× smaller", f"validation {metric}", f"test {metric}", "paper"]]
     figures = {figure.label: figure for figure in results.paper}
+    missing = "none" if any(point.done for point in results.points) else "not run"
     for choice in results.choices:
         point = results.chosen(choice)
         figure = figures.get(choice.paper or "")
         beside = _figure(figure.bytes, figure.score) if figure else ""
         cells = _numbers(results, point) if point else ["", "", "", "", ""]
-        table.append([choice.label, f"`{point.name}`" if point else "none", *cells, beside])
+        table.append([choice.label, f"`{point.name}`" if point else missing, *cells, beside])
     return table
 
 

@@ -250,6 +250,10 @@ def test_the_operating_point_is_chosen_on_the_validation_split(path, tmp_path):
     results = gather(plan, tmp_path)
     found = [results.chosen(choice) for choice in results.choices]
     assert [point and point.name for point in found] == ["4bit", "4bit", None]
+    write_table(results, "hfcompress sweep …", tmp_path / "table.md")
+    assert "| c | none |" in (tmp_path / "table.md").read_text()
+    write_table(gather(plan, tmp_path / "empty"), "hfcompress sweep …", tmp_path / "table.md")
+    assert "| c | not run |" in (tmp_path / "table.md").read_text()
 
 
 def test_a_failed_cell_keeps_its_error_until_it_is_run_again(made):
