@@ -21,6 +21,7 @@ from hfcompress.controller import Controller, Outcome, balance, check
 from hfcompress.errors import ConfigError
 from hfcompress.reparameterization import Latents, Reparameterization, Slot
 from hfcompress.target import Target
+from hfcompress.together import batches, joined
 
 
 @dataclass
@@ -75,7 +76,10 @@ class Compressor:
         stored = sum(p.numel() for name, p in model.named_parameters() if name not in unsaved(model))
         self.controller = None if target is None else Controller(target, stored)
         wanted = target is not None or rate_weight > 0
-        self._priced = [e for g in self._groups if wanted and self._rate_of(g).requires_grad for e in g]
+        rates = [self._rate_of(group) for group in self._groups] if wanted else []
+        self._priced = [group for group, rate in zip(self._groups, rates) if rate.requires_grad]
+        # the others' bits hardly move; a GPU would take longer to make numbers of them at every step
+        self._settled = sum(rate.item() for rate in rates if not rate.requires_grad)
         check(rate_weight, self.controller, trainable=bool(self._priced))
         self.write()
 
@@ -99,49 +103,61 @@ class Compressor:
         """Decode every weight into its parameter, in place. `hard=False`: with the draws of this training step."""
         for group in self._groups:
             common = group[0].method.common(group[0].latents)
-            for entry in group:
-                if hard and entry.method.noisy:
-                    with torch.no_grad():
-                        weight = entry.method.decode({**entry.latents, **common}, entry.slot, hard=True)
-                else:
-                    weight = self._decode(entry, common)
+            for batch in _batches(group):
+                noisy = group[0].method.noisy
+                with torch.set_grad_enabled(not (hard and noisy)):
+                    weights = self._decode(batch, common, hard=hard and noisy)
+                for entry, weight in zip(batch, weights):
                     # the graph waits for the gradient; its value lives in the parameter and is not kept twice
                     entry.edge = get_gradient_edge(weight) if weight.requires_grad else None
-                entry.parameter.data.copy_(weight.detach())
+                torch._foreach_copy_([entry.parameter.data for entry in batch], [weight.detach() for weight in weights])
 
     def pull_back(self) -> None:
         """Turn the parameters' gradients into the latents', and add the rate's. Advances the step of the draws.
 
         A parameter's gradient is freed as soon as its latents have theirs: both are never held for the whole model.
         """
-        for entry in self.entries.values():
-            edge, entry.edge = entry.edge, None
-            if entry.parameter.grad is None:
-                continue  # frozen or unused: only the rate moves its latents
-            if edge is None:
-                weight = self._decode(entry, {})
-                if not weight.requires_grad:
-                    continue
-                edge = get_gradient_edge(weight)
-            torch.autograd.backward(edge, entry.parameter.grad)
-            entry.parameter.grad = None
+        for batch in (batch for group in self._groups for batch in _batches(group)):
+            used = [entry for entry in batch if entry.parameter.grad is not None]
+            # frozen or unused weights have no gradient: only the rate moves their latents
+            for part in [batch] if len(used) == len(batch) else [[entry] for entry in used]:
+                self._pull_back(part, whole=part is batch)
+            for entry in batch:
+                entry.edge = None
         if self._priced:
             self._add_rate()
         self.step += 1
 
+    def _pull_back(self, batch: list[Entry], *, whole: bool) -> None:
+        """Decodes anew what was written without a graph, or in one with others that have no gradient."""
+        edges = [entry.edge for entry in batch if entry.edge is not None]
+        if len(edges) < len(batch) or not whole:
+            with torch.enable_grad():
+                weights = self._decode(batch, {}, hard=False)
+            if not all(weight.requires_grad for weight in weights):
+                return
+            edges = [get_gradient_edge(weight) for weight in weights]
+        torch.autograd.backward(edges, [entry.parameter.grad for entry in batch])
+        for entry in batch:
+            entry.parameter.grad = None
+
     def _add_rate(self) -> None:
         """The gradient of rate_weight · bits / weights, added to the latents'."""
-        bits = self.rate()
+        bits = torch.stack([self._rate_of(group) for group in self._priced]).sum()
         latents = [latent for _, _, latent in self._trained()]
         gradients = torch.autograd.grad(bits, latents, allow_unused=True)
         pairs = [(z, g) for z, g in zip(latents, gradients) if g is not None]
+        both = [(z.grad, g) for z, g in pairs if z.grad is not None]
         if self.controller is not None:
-            equal = balance([(z.grad, g) for z, g in pairs if z.grad is not None])
+            equal = balance(both)
             per_weight = None if equal is None else equal * self.weights
-            self.rate_weight = self.controller.update(bits.item(), self.sparsity(), per_weight)
+            self.rate_weight = self.controller.update(bits.item() + self._settled, self.sparsity(), per_weight)
+        share = self.rate_weight / self.weights
+        if both:
+            torch._foreach_add_([of_loss for of_loss, _ in both], [of_rate for _, of_rate in both], alpha=share)
         for latent, gradient in pairs:
-            force = gradient * (self.rate_weight / self.weights)
-            latent.grad = force if latent.grad is None else latent.grad.add_(force)
+            if latent.grad is None:
+                latent.grad = gradient * share
 
     def plan(self, steps: int, measure: Callable[[], int]) -> None:
         """With a target: a training of `steps` optimizer steps begins; `measure()` gives the file's bytes as of now."""
@@ -154,8 +170,13 @@ class Compressor:
 
     def sparsity(self) -> float:
         """The fraction of zeros among the weights whose rate can be trained, as they stand in the model."""
-        zeros = [(entry.parameter == 0).sum() for entry in self._priced]
-        return float(torch.stack(zeros).sum()) / max(sum(e.slot.numel for e in self._priced), 1) if zeros else 0.0
+        zeros = [
+            (joined([entry.parameter.data for entry in batch]) == 0).sum()
+            for group in self._priced
+            for batch in _batches(group)
+        ]
+        weights = sum(entry.slot.numel for group in self._priced for entry in group)
+        return float(torch.stack(zeros).sum()) / max(weights, 1) if zeros else 0.0
 
     def rate(self) -> Tensor:
         """Bits of all slots: a scalar."""
@@ -212,10 +233,15 @@ class Compressor:
         key = f"{self.seed}/{self.step}/{entry.slot.name}".encode()
         return replace(entry.slot, draw=int.from_bytes(blake2b(key, digest_size=7).digest(), "big"))
 
-    def _decode(self, entry: Entry, common: Latents) -> Tensor:
-        slot = self._drawn(entry) if entry.method.noisy else entry.slot
-        with torch.enable_grad():
-            return entry.method.decode({**entry.latents, **common}, slot, hard=False)
+    def _decode(self, batch: list[Entry], common: Latents, *, hard: bool) -> Sequence[Tensor]:
+        method = batch[0].method
+        return method.decode_group(
+            [({**e.latents, **common}, self._drawn(e) if method.noisy else e.slot) for e in batch], hard=hard
+        )
+
+
+def _batches(group: Sequence[Entry]) -> Iterator[list[Entry]]:
+    return batches(group, lambda entry: entry.parameter)
 
 
 def _check_same(found: dict[str, Latents], wanted: dict[str, Latents]) -> None:

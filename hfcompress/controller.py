@@ -185,7 +185,7 @@ def balance(gradients: Sequence[tuple[Tensor, Tensor]]) -> float | None:
     """
     if not gradients:
         return None
-    loss, rate = (torch.stack([g.float().norm() for g in side]) for side in zip(*gradients))
+    loss, rate = (torch.stack(torch._foreach_norm(side, 2, torch.float32)) for side in zip(*gradients))
     ratio = (loss / rate).log()
     ratio = ratio[ratio.isfinite()]
     return ratio.mean().exp().item() if ratio.numel() else None

@@ -90,6 +90,14 @@ class Reparameterization(ABC):
     def decode(self, latents: Latents, slot: Slot, *, hard: bool) -> Tensor:
         """The weight, of ``slot.shape``; differentiable in the float latents. `hard`: exactly what a file gives."""
 
+    def decode_group(self, members: Sequence[tuple[Latents, Slot]], *, hard: bool) -> Sequence[Tensor]:
+        """`decode` of several slots of one rule (at least one): their trained latents, on one device, of one dtype.
+
+        Where there are several, none is empty. A method may take fewer and larger steps than one by one, which is what
+        a GPU wants; a test holds the weights equal to the last bit, and the gradients but for their last digits.
+        """
+        return [self.decode(latents, slot, hard=hard) for latents, slot in members]
+
     def common(self, latents: Latents) -> Latents:
         """What every slot of a group would work out anew from the latents they share: constants of one decode of them
         all, which `decode` finds among its latents, or makes itself; a test holds both equal."""

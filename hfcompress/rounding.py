@@ -1,19 +1,26 @@
 """Rounding with stated gradients, and buckets: pure functions."""
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hfcompress.together import joined, parted, spread
+
 
 class _ReplaceThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:
-        return value
+    """xs, then as many values."""
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tensors[len(tensors) // 2 :]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        passed = parted(joined(gradients), gradients)  # of one tensor, so that each is taken over and not copied
+        return *passed, *(None for _ in gradients)
 
 
 def replace_through(x: Tensor, value: Tensor) -> Tensor:
@@ -21,7 +28,12 @@ def replace_through(x: Tensor, value: Tensor) -> Tensor:
 
     x, value: same shape and dtype.
     """
-    result: Tensor = _ReplaceThrough.apply(x, value)
+    return replace_all_through([x], [value])[0]
+
+
+def replace_all_through(xs: Sequence[Tensor], values: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """`replace_through` of each pair, at once."""
+    result: tuple[Tensor, ...] = _ReplaceThrough.apply(*xs, *values)
     return result
 
 
@@ -30,12 +42,15 @@ def cast_through(x: Tensor, dtype: torch.dtype) -> Tensor:
     return replace_through(x, x.detach().to(dtype).to(x.dtype))
 
 
-def stochastic_round(x: Tensor, seed: int) -> Tensor:
-    """⌊x⌋ + Bernoulli(x − ⌊x⌋), unbiased; the draw depends on `seed` alone, not on the device's generator."""
-    generator = torch.Generator().manual_seed(seed)
-    uniform = torch.rand(x.shape, generator=generator).to(x.device)
+def round_by(x: Tensor, uniform: Tensor) -> Tensor:
+    """⌊x⌋, and 1 more where x − ⌊x⌋ is above `uniform`, of x's shape: with a draw of U[0, 1), unbiased."""
     floor = x.floor()
     return floor + (uniform < x - floor)
+
+
+def uniform_draw(count: int, seed: int) -> Tensor:
+    """U[0, 1), float32 [count], on the CPU: the draw depends on `seed` alone, not on a device's generator."""
+    return torch.rand(count, generator=torch.Generator().manual_seed(seed))
 
 
 def to_buckets(x: Tensor, size: int | None) -> Tensor:
@@ -55,14 +70,45 @@ def to_buckets(x: Tensor, size: int | None) -> Tensor:
     return flat.reshape(-1, size)
 
 
+def all_to_buckets(xs: Sequence[Tensor], size: int | None) -> Tensor:
+    """The rows of `to_buckets` of every x, one below the other.
+
+    Of several that are not empty: those shorter than `size` are filled up too; with size None [Σ n, 1], no rows at all.
+    """
+    if len(xs) == 1:
+        return to_buckets(xs[0], size)
+    if size is None:
+        return joined(xs).unsqueeze(1)
+    parts = []
+    for flat in (x.reshape(-1) for x in xs):
+        missing = -len(flat) % size
+        parts += [flat, flat[-1:].repeat(missing)] if missing else [flat]
+    return torch.cat(parts).view(-1, size)
+
+
+def all_from_buckets(rows: Tensor, shapes: Sequence[tuple[int, ...]], size: int | None) -> list[Tensor]:
+    """The inverse of `all_to_buckets`."""
+    if len(shapes) == 1:
+        return [from_buckets(rows, shapes[0])]
+    counts = [math.prod(shape) for shape in shapes]
+    rooms = [count + -count % (size or 1) for count in counts]
+    return [part[:count].view(shape) for part, count, shape in zip(rows.reshape(-1).split(rooms), counts, shapes)]
+
+
 def extremes(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Least and greatest of each row [n, 1]. Two passes: on a CPU, aminmax takes eight times as long as both."""
     return rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
 
 
+def all_extremes(rows: Tensor, xs: Sequence[Tensor], size: int | None) -> tuple[Tensor, Tensor]:
+    """Of the rows of `all_to_buckets`: of their bucket, or, with size None, of their whole tensor."""
+    if size is not None or len(xs) == 1:
+        return extremes(rows)
+    counts = [x.numel() for x in xs]
+    low, high = (torch.stack([one(x) for x in xs]).float().unsqueeze(1) for one in (torch.amin, torch.amax))
+    return spread(low, counts), spread(high, counts)
+
+
 def from_buckets(rows: Tensor, shape: tuple[int, ...]) -> Tensor:
     """The inverse of `to_buckets`: drops the padding and gives `shape`."""
-    numel = 1
-    for size in shape:
-        numel *= size
-    return rows.reshape(-1)[:numel].reshape(shape)
+    return rows.reshape(-1)[: math.prod(shape)].reshape(shape)

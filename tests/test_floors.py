@@ -9,8 +9,8 @@ import hfcompress
 
 ROOT = Path(hfcompress.__file__).parent
 FLOORS = """
-errors rounding losses probe padding files plugin progress cifar density jobs signals
-paper_networks coding.bits coding.symbols sealed packing output
+errors together fourier losses probe padding files plugin progress cifar density jobs signals
+rounding paper_networks coding.bits coding.symbols sealed packing output
 zoo
 coding
 coding.tables coding.contexts coding.trellis

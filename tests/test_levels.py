@@ -86,7 +86,7 @@ def test_the_codebook_of_a_file_is_sorted() -> None:
     weight = torch.randn(20)
     found = method.describe({"weight": weight, "points": torch.tensor([2.7, 0.3, 3.3, 1.2])}, slot)
     assert found["points"].dtype == np.float16 and (np.diff(found["points"]) > 0).all()
-    x, _, _ = method._scaled(weight)
+    x, _, _ = method._scaled([weight])
     assert np.array_equal(found["codes"].values, nearest(x, torch.from_numpy(found["points"]).float()).flatten()[:20])
 
 
@@ -115,7 +115,7 @@ def test_points_start_nearest_to_the_weights(n: int, points: int) -> None:
         if start == "nearest" and n == 3000:
             decoded = method.decode({**latents, "points": latents["points"].requires_grad_()}, slot, hard=False)
             (decoded - weight).square().sum().backward()
-            _, _, span = method._scaled(weight)
+            _, _, span = method._scaled([weight])
             assert latents["points"].grad.abs().max() < 1e-3 * 2 * 64 * span.square().sum() / (
                 points - 1
             )  # 1e-3 from the least

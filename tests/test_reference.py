@@ -11,8 +11,8 @@ from methods import TABLE, name_of
 
 from hfcompress.coding import Symbols
 from hfcompress.container import Reader, Writer
+from hfcompress.fourier import real_dft
 from hfcompress.methods import MultiHash
-from hfcompress.methods.entropy import real_dft
 from hfcompress.packing import COMMON
 from hfcompress.reparameterization import Description, Kind, Reparameterization, Slot
 

@@ -1,5 +1,6 @@
 """The weight itself, in a floating-point format of choice: the control, and the place for norms and biases."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -8,7 +9,8 @@ import torch
 from torch import Tensor
 
 from hfcompress.reparameterization import Description, Latents, Reparameterization, Slot, array_in
-from hfcompress.rounding import cast_through
+from hfcompress.rounding import cast_through, replace_all_through
+from hfcompress.together import joined, parted
 
 _DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
@@ -30,6 +32,11 @@ class Dense(Reparameterization):
 
     def decode(self, latents: Latents, slot: Slot, *, hard: bool) -> Tensor:
         return cast_through(latents["weight"], _DTYPES[self.dtype])
+
+    def decode_group(self, members: Sequence[tuple[Latents, Slot]], *, hard: bool) -> Sequence[Tensor]:
+        weights = [latents["weight"] for latents, _ in members]
+        flat = joined([weight.detach() for weight in weights])
+        return replace_all_through(weights, parted(flat.to(_DTYPES[self.dtype]).to(flat.dtype), weights))
 
     def rate(self, latents: Latents, slot: Slot) -> Tensor:
         bits = slot.numel * _DTYPES[self.dtype].itemsize * 8

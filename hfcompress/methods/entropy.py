@@ -17,9 +17,9 @@ model itself is not in the file: the coder counts its tables anew.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from itertools import groupby, repeat
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
@@ -30,7 +30,9 @@ from hfcompress.coding import Symbols
 from hfcompress.density import Family, Table, code_length, pieces, slopes_, start, tabulate
 from hfcompress.dependent import dependent_codes
 from hfcompress.errors import ConfigError, FormatError
+from hfcompress.fourier import real_dft
 from hfcompress.reparameterization import Description, Latents, Reparameterization, Slot, array_in, symbols_in
+from hfcompress.together import batches, joined, parted, spread, sums
 
 LIMIT = 32_767
 """Codes go from −LIMIT to LIMIT, an alphabet that the coder takes; what lies beyond is clamped."""
@@ -82,10 +84,17 @@ class EntropyPenalized(Reparameterization):
     def decode(self, latents: Latents, slot: Slot, *, hard: bool) -> Tensor:
         codes = latents.get("codes")
         if codes is not None:
-            return _from_codes(codes.float(), latents["step"], self._basis(slot, codes.device), slot.shape)
-        weight = latents["weight"]
-        decoded: Tensor = _Decode.apply(weight, latents["log_step"], self._basis(slot, weight.device))
-        return decoded
+            return _from_codes(codes.float(), latents["step"], self._basis(slot, codes.device)).view(slot.shape)
+        return self.decode_group([(latents, slot)], hard=hard)[0]
+
+    def decode_group(self, members: Sequence[tuple[Latents, Slot]], *, hard: bool) -> Sequence[Tensor]:
+        bases = [self._basis(slot, latents["weight"].device) for latents, slot in members]
+        decoded: dict[int, Tensor] = {}
+        for basis in {id(found): found for found in bases}.values():
+            places = [place for place, found in enumerate(bases) if found is basis]
+            weights, log_steps = ([members[place][0][name] for place in places] for name in ("weight", "log_step"))
+            decoded |= zip(places, _Decode.apply(basis, *weights, *log_steps))
+        return [decoded[place] for place in range(len(members))]
 
     def rate(self, latents: Latents, slot: Slot) -> Tensor:
         return self.rate_of_group([(latents, slot)])
@@ -153,25 +162,6 @@ class EntropyPenalized(Reparameterization):
         return max(self.step * root_mean_square, most / LIMIT, _STEP_RANGE[0])
 
 
-@cache
-def real_dft(height: int, width: int, device: torch.device) -> Tensor:
-    """The orthonormal real two-dimensional Fourier basis, float32 [H·W, H·W]: a slice's coefficients are basis @ slice.
-
-    Row fy·W + fx is a cosine of that frequency, or, where the conjugate frequency (−fy, −fx) comes earlier, its sine:
-    H·W degrees of freedom exactly.
-    """
-    size = height * width
-    rows = []
-    for fy in range(height):
-        for fx in range(width):
-            conjugate = (-fy % height, -fx % width)
-            wave = math.sin if conjugate < (fy, fx) else math.cos
-            norm = math.sqrt((1 if conjugate == (fy, fx) else 2) / size)
-            turns = [(fy * y * width + fx * x * height) % size / size for y in range(height) for x in range(width)]
-            rows.append([norm * wave(2 * math.pi * turn) for turn in turns])
-    return torch.tensor(rows, dtype=torch.float32, device=device)
-
-
 class _Decode(torch.autograd.Function):
     """ŵ = Δ · round(φ / Δ), transformed back.
 
@@ -180,25 +170,28 @@ class _Decode(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, log_step: Tensor, basis: Tensor | None) -> Tensor:
-        ctx.save_for_backward(weight, log_step)
+    def forward(ctx: Any, basis: Tensor | None, *latents: Tensor) -> tuple[Tensor, ...]:
+        weights, step, counts = _halves(latents)
+        ctx.save_for_backward(*latents)
         ctx.basis = basis
-        step = _step(log_step)
-        return _from_codes(_codes(weight, step), step, basis, weight.shape).to(weight.dtype)
+        step = spread(step, counts)
+        decoded = _from_codes(_codes(joined(weights), step), step, basis)
+        return parted(decoded.to(weights[0].dtype), weights)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
-        weight, log_step = ctx.saved_tensors
-        step = _step(log_step)
-        gradient = gradients[0].reshape(-1, len(step))
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        weights, step, counts = _halves(ctx.saved_tensors)
+        gradient = joined(gradients).view(-1, step.shape[1])
         if ctx.basis is not None:
-            gradient = (gradient.float() @ ctx.basis.T).to(weight.dtype)
-        latent = weight.view(-1, len(step))
+            gradient = (gradient.float() @ ctx.basis.T).to(weights[0].dtype)
+        latent = joined(weights).view(gradient.shape)
         total = torch.zeros_like(step)
-        for z, g in zip(pieces(latent), pieces(gradient)):
-            z = (z / step).clamp_(-LIMIT, LIMIT)
-            total += torch.round(z).sub_(z).mul_(g).sum(0)
-        return gradient.view(weight.shape), total * step, None
+        if len(counts) == 1:
+            for z, g in zip(pieces(latent), pieces(gradient)):
+                total += _off_grid(z, step).mul_(g).sum(0)
+        else:
+            total += sums(_off_grid(latent, spread(step, counts)).mul_(gradient), counts)
+        return None, *parted(gradient, weights), *(total * step)
 
 
 class _RateOf(torch.autograd.Function):
@@ -216,29 +209,54 @@ class _RateOf(torch.autograd.Function):
         weights, log_steps = latents[: len(latents) // 2], latents[len(latents) // 2 :]
         z = _in_steps(weights, log_steps)
         slopes_(z, ctx.table)
-        of_weights, of_steps = [], []
-        for weight, log_step, slopes in zip(weights, log_steps, _parts(z, weights)):
-            factor = gradients[0] / _step(log_step)
+        of_weights: list[Tensor] = []
+        of_steps: list[Tensor] = []
+        for alike, step, counts, slopes in _runs(weights, log_steps, z):
+            factor, latent = gradients[0] / step, joined(alike).view(slopes.shape)
             total = torch.zeros_like(factor)
-            for slope, w in zip(pieces(slopes.view(-1, len(factor))), pieces(weight.view(-1, len(factor)))):
-                total -= slope.mul_(factor).mul(w).sum(0)
-            most = torch.finfo(weight.dtype).max  # bits per unit of a small weight may be beyond float16
-            of_weights.append(slopes.clamp_(-most, most).view(weight.shape).to(weight.dtype))
-            of_steps.append(total)
+            if len(counts) == 1:
+                for slope, w in zip(pieces(slopes), pieces(latent)):
+                    total -= slope.mul_(factor).mul(w).sum(0)
+            else:
+                total -= sums(slopes.mul_(spread(factor, counts)) * latent, counts)
+            most = torch.finfo(latent.dtype).max  # bits per unit of a small weight may be beyond float16
+            of_weights += parted(slopes.clamp_(-most, most).to(latent.dtype), alike)
+            of_steps += total
         return gradients[0], None, *of_weights, *of_steps
+
+
+def _runs(
+    weights: Sequence[Tensor], log_steps: Sequence[Tensor], z: Tensor
+) -> Iterator[tuple[Sequence[Tensor], Tensor, list[int], Tensor]]:
+    """What is worked on together: N weights with k steps each; steps [N, k]; rows of each; their part of z [n, k]."""
+    used = 0
+    for batch in batches(list(zip(weights, log_steps)), lambda pair: pair[0]):
+        for k, run in groupby(batch, lambda pair: len(pair[1])):
+            alike, steps = zip(*run)
+            counts = [weight.numel() // k for weight in alike]
+            yield alike, _step(torch.stack(steps)), counts, z[used : used + k * sum(counts)].view(-1, k)
+            used += k * sum(counts)
+
+
+def _halves(latents: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tensor, list[int]]:
+    """Of N weights followed by their log steps: the weights; steps [N, k]; rows of each."""
+    weights, log_steps = latents[: len(latents) // 2], latents[len(latents) // 2 :]
+    step = _step(torch.stack(tuple(log_steps)))
+    return weights, step, [weight.numel() // step.shape[1] for weight in weights]
+
+
+def _off_grid(latent: Tensor, step: Tensor) -> Tensor:
+    """round(φ / Δ) − φ / Δ of [n, k]."""
+    z = (latent / step).clamp_(-LIMIT, LIMIT)
+    return torch.round(z).sub_(z)
 
 
 def _in_steps(weights: Sequence[Tensor], log_steps: Sequence[Tensor]) -> Tensor:
     """φ / Δ of all slots, float32, one after the other."""
     z = torch.empty(sum(weight.numel() for weight in weights), device=log_steps[0].device)
-    for weight, log_step, part in zip(weights, log_steps, _parts(z, weights)):
-        step = _step(log_step.detach())
-        torch.div(weight.detach().view(-1, len(step)), step, out=part.view(-1, len(step)))
+    for alike, step, counts, part in _runs(weights, log_steps, z):
+        torch.div(joined(alike).detach().view(part.shape), spread(step.detach(), counts), out=part)
     return z
-
-
-def _parts(z: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return z.split([weight.numel() for weight in weights])
 
 
 def _step(log_step: Tensor) -> Tensor:
@@ -247,23 +265,28 @@ def _step(log_step: Tensor) -> Tensor:
 
 
 def _codes(weight: Tensor, step: Tensor) -> Tensor:
-    """Integers in float32, [n, steps]."""
-    latent = weight.view(-1, len(step))
+    """Integers in float32, [n, k], of weights and steps, [k] or [n, k]."""
+    latent = weight.view(-1, step.shape[-1])
     codes = torch.empty(latent.shape, device=weight.device)
-    for w, code in zip(pieces(latent), pieces(codes)):
-        torch.div(w, step, out=code).clamp_(-LIMIT, LIMIT).round_()
+    for w, code, beside in zip(pieces(latent), pieces(codes), _beside(step, codes)):
+        torch.div(w, beside, out=code).clamp_(-LIMIT, LIMIT).round_()
     return codes
 
 
-def _from_codes(codes: Tensor, step: Tensor, basis: Tensor | None, shape: tuple[int, ...]) -> Tensor:
-    """The weight of `codes` [n, steps], which are overwritten: the same to the last bit on every machine."""
-    for code in pieces(codes):
-        code.mul_(step).add_(0.0)  # −0 becomes 0, which is what a file holds
+def _from_codes(codes: Tensor, step: Tensor, basis: Tensor | None) -> Tensor:
+    """The weights [n, k] of `codes`, which are overwritten: the same to the last bit on every machine."""
+    for code, beside in zip(pieces(codes), _beside(step, codes)):
+        code.mul_(beside).add_(0.0)  # −0 becomes 0, which is what a file holds
     if basis is None:
-        return codes.view(shape)
+        return codes
     rows = codes.t().contiguous()
     # a matrix product may sum in any order and fuse; here each addition and each product rounds once, in this order
     total, term = torch.zeros_like(rows), torch.empty_like(rows)
     for frequency, coefficients in zip(basis, rows):
         total += torch.mul(frequency.unsqueeze(1), coefficients, out=term)
-    return total.t().contiguous().view(shape)
+    return total.t().contiguous()
+
+
+def _beside(step: Tensor, rows: Tensor) -> Iterable[Tensor]:
+    """The steps of each of the pieces of `rows`."""
+    return pieces(step) if step.shape == rows.shape else repeat(step)

@@ -21,6 +21,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import numpy as np
@@ -30,6 +31,7 @@ from torch import Tensor
 from hfcompress.coding import Symbols
 from hfcompress.errors import ConfigError, FormatError
 from hfcompress.reparameterization import Description, Latents, Reparameterization, Slot, array_in, symbols_in
+from hfcompress.together import spread, sums
 
 _AMPLITUDE_BITS = 16
 _SCALE_BITS = 32
@@ -93,12 +95,20 @@ class MultiHash(Reparameterization):
     def decode(self, latents: Latents, slot: Slot, *, hard: bool) -> Tensor:
         if "scale" in latents:  # from a file
             left, right = (_named(latents, names) for names in (_LEFT, _RIGHT))
-            return self._cut(left, right, latents["scale"], slot).reshape(slot.shape)
-        deviation, found = latents["deviation"], latents if _LEFT[0] in latents else self.common(latents)
-        scale = deviation.float() * latents["gain"].float()
+            return self._cut(left, right, latents["scale"], [slot]).view(slot.shape)
+        return self.decode_group([(latents, slot)], hard=hard)[0]
+
+    def decode_group(self, members: Sequence[tuple[Latents, Slot]], *, hard: bool) -> Sequence[Tensor]:
+        slots = [slot for _, slot in members]
+        if any(one.offset + one.numel != other.offset for one, other in pairwise(slots)):
+            return super().decode_group(members, hard=hard)
+        latents = members[0][0]
+        found = latents if _LEFT[0] in latents else self.common(latents)
+        deviations, gains = (torch.stack([own[name] for own, _ in members]) for name in ("deviation", "gain"))
         rounded = (*_named(found, _LEFT), *_named(found, _RIGHT))
-        flat: Tensor = _Cut.apply(latents["left"], latents["right"], scale, *rounded, self, slot)
-        return flat.to(deviation.dtype).reshape(slot.shape)
+        scales = deviations.float() * gains.float()
+        flat = _Cut.apply(latents["left"], latents["right"], scales, *rounded, self, slots).to(deviations.dtype)
+        return [part.view(slot.shape) for part, slot in zip(flat.split([slot.numel for slot in slots]), slots)]
 
     def rate(self, latents: Latents, slot: Slot) -> Tensor:
         bits = self._factor_bits(slot.total) * (slot.numel / max(slot.total, 1)) + _SCALE_BITS
@@ -125,7 +135,7 @@ class MultiHash(Reparameterization):
             n, rank = _side(slot.total), self.rank(slot.total)
         except ConfigError as error:
             raise FormatError(str(error)) from error
-        rows, columns, _ = _place(slot)
+        rows, columns, _ = _place([slot])
         latents: Latents = {}
         for name, part in (("left", rows), ("right", columns)):
             codes = symbols_in(description, name, n * rank, -self._top, self._top).reshape(n, rank)[part]
@@ -165,8 +175,10 @@ class MultiHash(Reparameterization):
         inverse = torch.where(amplitude > 0, self._top / amplitude, 0.0)
         return (factor * inverse).round_().clamp_(-self._top, self._top), amplitude
 
-    def _cut(self, left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor], scale: Tensor, slot: Slot) -> Tensor:
-        """This slot's weights, float32 [numel], from codes and amplitudes of the rows and columns that it needs.
+    def _cut(
+        self, left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor], scales: Tensor, slots: Sequence[Slot]
+    ) -> Tensor:
+        """The weights of adjoining slots, float32 [n], from codes and amplitudes of the rows and columns they need.
 
         Every partial sum of codes is an integer of at most M · top², and no more than 2^24 in float32 or 2^53 in
         float64: exact in any order of summation, fused or not. Codes of 9 bits are exact in bfloat16 and TF32 too, to
@@ -174,14 +186,15 @@ class MultiHash(Reparameterization):
         """
         rank = left[0].shape[1]
         exact = torch.float32 if self.bits <= 9 and rank * self._top**2 <= 2**24 else torch.float64
-        with torch.autocast(scale.device.type, enabled=False):
+        with torch.autocast(scales.device.type, enabled=False):
             product = (left[0].to(exact) @ right[0].to(exact)).float()
         product.mul_(left[1]).mul_(right[1])
-        _, _, skip = _place(slot)
-        flat = product.view(-1)[skip : skip + slot.numel]
+        _, _, skip = _place(slots)
+        counts = [slot.numel for slot in slots]
+        flat = product.view(-1)[skip : skip + sum(counts)]
         # by a tensor: a GPU divides by a plain number as a product with its reciprocal, which rounds twice
-        factor = scale / torch.full_like(scale, self._top**2)
-        return flat.mul_(factor).add_(0.0)  # −0 + 0 = 0: a kernel may sum zeros to either
+        factors = scales / torch.full_like(scales, self._top**2)
+        return flat.mul_(spread(factors, counts)).add_(0.0)  # −0 + 0 = 0: a kernel may sum zeros to either
 
 
 class _Cut(torch.autograd.Function):
@@ -191,31 +204,35 @@ class _Cut(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, left: Tensor, right: Tensor, scale: Tensor, *given: Any) -> Tensor:
-        left_codes, left_amplitude, right_codes, right_amplitude, method, slot = given
-        ctx.save_for_backward(scale, left_codes, left_amplitude, right_codes, right_amplitude)
-        ctx.method, ctx.slot = method, slot
-        rows, columns, _ = _place(slot)
+    def forward(ctx: Any, left: Tensor, right: Tensor, scales: Tensor, *given: Any) -> Tensor:
+        left_codes, left_amplitude, right_codes, right_amplitude, method, slots = given
+        ctx.save_for_backward(scales, left_codes, left_amplitude, right_codes, right_amplitude)
+        ctx.method, ctx.slots = method, slots
+        rows, columns, _ = _place(slots)
         own, other = (left_codes[rows], left_amplitude[rows]), (right_codes[:, columns], right_amplitude[:, columns])
-        cut: Tensor = method._cut(own, other, scale, slot)
+        cut: Tensor = method._cut(own, other, scales, slots)
         return cut
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        scale, left_codes, left_amplitude, right_codes, right_amplitude = ctx.saved_tensors
-        rows, columns, skip = _place(ctx.slot)
+        scales, left_codes, left_amplitude, right_codes, right_amplitude = ctx.saved_tensors
+        counts = [slot.numel for slot in ctx.slots]
+        rows, columns, skip = _place(ctx.slots)
         own = left_codes[rows] * (left_amplitude[rows] / ctx.method._top)
         other = right_codes[:, columns] * (right_amplitude[:, columns] / ctx.method._top)
-        along = gradient.new_empty(len(own) * other.shape[1])
-        along[:skip], along[skip + gradient.numel() :] = 0, 0
-        along[skip : skip + gradient.numel()] = gradient
-        along = along.view(len(own), other.shape[1])
+        here = slice(skip, skip + gradient.numel())
+        along = gradient.new_zeros(len(own), other.shape[1])
+        along.view(-1)[here] = gradient if len(counts) == 1 else gradient * spread(scales, counts)
         to_left, to_right = torch.zeros_like(left_codes), torch.zeros_like(right_codes)
-        through = torch.mm(along, other.t(), out=to_left[rows])  # but for the scale
-        to_scale = torch.dot(own.view(-1), through.view(-1))
-        through.mul_(scale)
-        torch.mm(own.mul_(scale).t(), along, out=to_right[:, columns])
-        return to_left, to_right, to_scale, *(None for _ in range(6))
+        through = torch.mm(along, other.t(), out=to_left[rows])
+        if len(counts) == 1:  # the scale is left out so far, and its own gradient needs no further product
+            to_scales = torch.dot(own.view(-1), through.view(-1)).view(1)
+            through.mul_(scales)
+            own.mul_(scales)
+        else:
+            to_scales = sums(torch.mm(own, other).view(-1)[here].mul_(gradient), counts)
+        torch.mm(own.t(), along, out=to_right[:, columns])
+        return to_left, to_right, to_scales, *(None for _ in range(6))
 
 
 def _named(latents: Latents, names: tuple[str, str]) -> tuple[Tensor, Tensor]:
@@ -228,14 +245,15 @@ def _side(total: int) -> int:
     return math.isqrt(total - 1) + 1 if total > 0 else 0
 
 
-def _place(slot: Slot) -> tuple[slice, slice, int]:
-    """The rows and columns of W in which the slot lies, and how many elements of these come before it."""
-    if slot.numel == 0:
+def _place(slots: Sequence[Slot]) -> tuple[slice, slice, int]:
+    """The rows and columns of W in which adjoining slots lie, and how many elements of these come before them."""
+    count = sum(slot.numel for slot in slots)
+    if count == 0:
         return slice(0, 0), slice(0, 0), 0
-    n = _side(slot.total)
-    (first, start), last = divmod(slot.offset, n), (slot.offset + slot.numel - 1) // n
+    n, offset = _side(slots[0].total), slots[0].offset
+    (first, start), last = divmod(offset, n), (offset + count - 1) // n
     if first == last:
-        return slice(first, first + 1), slice(start, start + slot.numel), 0
+        return slice(first, first + 1), slice(start, start + count), 0
     return slice(first, last + 1), slice(0, n), start
 
 

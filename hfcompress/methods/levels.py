@@ -16,7 +16,7 @@ are then.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
@@ -28,12 +28,14 @@ from torch import Tensor
 from hfcompress.coding import Symbols
 from hfcompress.errors import ConfigError, FormatError
 from hfcompress.reparameterization import Description, Latents, Reparameterization, Slot, array_in, symbols_in
-from hfcompress.rounding import cast_through, extremes, from_buckets, to_buckets
+from hfcompress.rounding import all_extremes, all_from_buckets, all_to_buckets, cast_through, to_buckets
+from hfcompress.together import joined, spread
 
 LEAST, MOST = 2, 256
 """How many points a tensor may have."""
 _SCALES = {"float16": torch.float16, "float32": torch.float32}
-_CELLS = 4096
+CELLS = 4096
+"""Of the table in which a CPU looks up many values."""
 _SAMPLE = 1 << 18
 _ROUNDS = 50
 
@@ -71,7 +73,7 @@ class Levels(Reparameterization):
         even = torch.linspace(0, 1, self._points(slot), device=weight.device)
         if self.start == "uniform" or not slot.numel:
             return {"weight": detached.clone(), "points": even * (self.points - 1)}
-        x, _, span = self._scaled(detached)
+        x, _, span = self._scaled([detached])
         flat = x.flatten()[: slot.numel]
         points = _quantiles(flat, even)
         if self.start == "nearest":
@@ -80,13 +82,17 @@ class Levels(Reparameterization):
 
     def decode(self, latents: Latents, slot: Slot, *, hard: bool) -> Tensor:
         if "codes" in latents:
-            return _weights(latents["codes"], latents["codebook"], latents["low"], latents["span"], slot)
-        weight = latents["weight"].detach()
-        points = self._codebook(latents)
+            return self._weights(latents["codes"], latents["codebook"], latents["low"], latents["span"], [slot])[0]
+        return self.decode_group([(latents, slot)], hard=hard)[0]
+
+    def decode_group(self, members: Sequence[tuple[Latents, Slot]], *, hard: bool) -> Sequence[Tensor]:
+        weights = [latents["weight"].detach() for latents, _ in members]
+        slots = [slot for _, slot in members]
+        points = self._codebook([latents["points"] for latents, _ in members])
         with torch.no_grad():
-            x, low, span = self._scaled(weight)
-            codes = nearest(x, points)
-        decoded: Tensor = _Take.apply(points, codes, low, span, slot, weight.dtype)
+            x, low, span = self._scaled(weights)
+            codes = self._nearest(x, points, slots)
+        decoded: tuple[Tensor, ...] = _Take.apply(points, codes, low, span, self, slots, weights[0].dtype)
         return decoded
 
     def rate(self, latents: Latents, slot: Slot) -> Tensor:
@@ -95,8 +101,8 @@ class Levels(Reparameterization):
         return latents["points"].new_tensor(bits, dtype=torch.float32)
 
     def describe(self, latents: Latents, slot: Slot) -> Description:
-        points = self._codebook(latents).detach()
-        x, low, span = self._scaled(latents["weight"].detach())
+        points = self._codebook([latents["points"].detach()]).flatten()
+        x, low, span = self._scaled([latents["weight"].detach()])
         codes = nearest(x, points).flatten()[: slot.numel]
         arrays = {"points": points, "low": low.flatten(), "span": span.flatten()}
         stored = {name: array.to(_SCALES[self.scales]).cpu().numpy() for name, array in arrays.items()}
@@ -123,21 +129,48 @@ class Levels(Reparameterization):
     def _buckets(self, slot: Slot) -> int:
         return -(-slot.numel // (self.bucket or max(slot.numel, 1)))
 
-    def _codebook(self, latents: Latents) -> Tensor:
-        """Sorted, and rounded to what the file keeps; differentiable."""
-        return cast_through(latents["points"].float().sort().values / (self.points - 1), _SCALES[self.scales])
+    def _codebook(self, points: Sequence[Tensor]) -> Tensor:
+        """[tensors, points], sorted, and rounded to what the file keeps; differentiable."""
+        stacked = torch.stack(tuple(points)).float()
+        return cast_through(stacked.sort(-1).values / (self.points - 1), _SCALES[self.scales])
 
-    def _scaled(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [buckets, bucket], low [buckets, 1], span [buckets, 1], all float32; the span of equal weights is 1."""
-        rows = to_buckets(weight.float(), self.bucket)
+    def _scaled(self, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """x [buckets, bucket], low [buckets, 1], span [buckets, 1], all float32; the span of equal weights is 1.
+
+        Of several whole tensors [n, 1] each.
+        """
+        rows = all_to_buckets(weights, self.bucket).float()
         if rows.numel() == 0:
             return rows, rows.new_zeros(0, 1), rows.new_zeros(0, 1)
         scale = _SCALES[self.scales]
-        low, high = extremes(rows)
+        low, high = all_extremes(rows, weights, self.bucket)
         low = low.to(scale).float()
         span = (high - low).to(scale).float()
         span = torch.where(span > 0, span, 1.0)
         return (rows - low).div_(span), low, span
+
+    def _nearest(self, x: Tensor, points: Tensor, slots: Sequence[Slot]) -> Tensor:
+        """Each tensor's by itself: what `nearest` searches is its own."""
+        parts = [x] if len(slots) == 1 else x.view(-1).split(self._rooms(slots))
+        codes = [_between(part, middles) for part, middles in zip(parts, _middles(points))]
+        return joined(codes).view(x.shape)
+
+    def _rooms(self, slots: Sequence[Slot]) -> list[int]:
+        """Elements of each of several slots in the rows of them all."""
+        return [slot.numel + -slot.numel % (self.bucket or 1) for slot in slots]
+
+    def _weights(self, codes: Tensor, points: Tensor, low: Tensor, span: Tensor, slots: Sequence[Slot]) -> list[Tensor]:
+        taken = points.view(-1).index_select(0, self._flat(codes, slots).view(-1)).view(codes.shape)
+        # two kernels on purpose: a fused multiply-add would round once instead of twice, and differ between machines
+        return all_from_buckets(taken.mul_(span).add_(low), [slot.shape for slot in slots], self.bucket)
+
+    def _flat(self, codes: Tensor, slots: Sequence[Slot]) -> Tensor:
+        """Codes counted through the points of all slots."""
+        if len(slots) == 1:
+            return codes
+        firsts = torch.arange(0, len(slots) * self.points, self.points, device=codes.device, dtype=torch.int32)
+        rows = [room // codes.shape[1] for room in self._rooms(slots)]
+        return codes + spread(firsts, rows).unsqueeze(1)
 
 
 def redistribute(norms: Mapping[str, float], points: Mapping[str, int]) -> dict[str, int]:
@@ -173,14 +206,21 @@ def nearest(x: Tensor, points: Tensor) -> Tensor:
     points: float32 [m ≥ 1], sorted. Found by binary search among the m − 1 middles between neighbours; on the CPU many
     values are first looked up in a table of cells of [0, 1], and then compared with the middles that share their cell.
     """
-    middles = (points[1:] + points[:-1]) / 2
-    if x.is_cuda or x.numel() <= _CELLS:
+    return _between(x, _middles(points))
+
+
+def _middles(points: Tensor) -> Tensor:
+    return (points[..., 1:] + points[..., :-1]) / 2
+
+
+def _between(x: Tensor, middles: Tensor) -> Tensor:
+    if x.is_cuda or x.numel() <= CELLS:
         return torch.bucketize(x, middles, out_int32=True)
 
     def cell(values: Tensor) -> Tensor:  # does not decrease where `values` do not
-        return values.mul(_CELLS).clamp_(0, _CELLS - 1).to(torch.int32)
+        return values.mul(CELLS).clamp_(0, CELLS - 1).to(torch.int32)
 
-    inside = torch.bincount(cell(middles), minlength=_CELLS)
+    inside = torch.bincount(cell(middles), minlength=CELLS)
     below = (inside.cumsum(0) - inside).to(torch.int32)
     flat = x.reshape(-1)
     codes = below.index_select(0, cell(flat))
@@ -195,25 +235,28 @@ class _Take(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, points: Tensor, codes: Tensor, low: Tensor, span: Tensor, slot: Slot, dtype: torch.dtype
-    ) -> Tensor:
+        ctx: Any,
+        points: Tensor,
+        codes: Tensor,
+        low: Tensor,
+        span: Tensor,
+        method: Levels,
+        slots: Sequence[Slot],
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(codes.to(torch.uint8), span)  # up to 256 points: a byte a weight waits for the gradient
-        ctx.points = points.numel()
-        return _weights(codes, points, low, span, slot).to(dtype)
+        ctx.method, ctx.slots, ctx.points = method, slots, points.shape
+        return tuple(part.to(dtype) for part in method._weights(codes, points, low, span, slots))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         codes, span = ctx.saved_tensors
-        scaled = gradient.new_zeros(codes.shape, dtype=torch.float32)  # padding has no gradient
-        scaled.view(-1)[: gradient.numel()] = gradient.reshape(-1)
-        sums = torch.bincount(codes.view(-1), scaled.mul_(span).view(-1), minlength=ctx.points)
-        return sums.to(torch.float32), None, None, None, None, None
-
-
-def _weights(codes: Tensor, points: Tensor, low: Tensor, span: Tensor, slot: Slot) -> Tensor:
-    taken = points.index_select(0, codes.reshape(-1)).view(codes.shape)
-    # two kernels on purpose: a fused multiply-add would round once instead of twice, and differ between machines
-    return from_buckets(taken.mul_(span).add_(low), slot.shape)
+        rooms = [codes.numel()] if len(gradients) == 1 else ctx.method._rooms(ctx.slots)
+        padded = [part for g, room in zip(gradients, rooms) for part in (g.reshape(-1), g.new_zeros(room - g.numel()))]
+        scaled = torch.cat(padded).float().view(codes.shape).mul_(span)  # padding has no gradient
+        taken = ctx.method._flat(codes, ctx.slots)
+        sums = torch.bincount(taken.view(-1), scaled.view(-1), minlength=ctx.points.numel())
+        return sums.to(torch.float32).view(ctx.points), *(None for _ in range(6))
 
 
 def _quantiles(x: Tensor, at: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ Network Surgery for Efficient DNNs", NeurIPS 2016). This is what learned thresho
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,7 +17,8 @@ from torch import Tensor
 from hfcompress.errors import ConfigError
 from hfcompress.methods.threshold import entropy, sparse, sparse_values
 from hfcompress.reparameterization import Description, Latents, Reparameterization, Slot
-from hfcompress.rounding import replace_through
+from hfcompress.rounding import replace_all_through
+from hfcompress.together import joined, parted, spread
 
 
 @dataclass(frozen=True)
@@ -43,28 +45,38 @@ class Magnitude(Reparameterization):
     def decode(self, latents: Latents, slot: Slot, *, hard: bool) -> Tensor:
         if "values" in latents:
             return latents["values"].reshape(slot.shape)
-        weight = latents["weight"]
-        return replace_through(weight, self._pruned(weight.detach()).to(weight.dtype))
+        return self.decode_group([(latents, slot)], hard=hard)[0]
+
+    def decode_group(self, members: Sequence[tuple[Latents, Slot]], *, hard: bool) -> Sequence[Tensor]:
+        weights = [latents["weight"] for latents, _ in members]
+        pruned = self._pruned([weight.detach() for weight in weights])
+        return replace_all_through(weights, parted(pruned.to(weights[0].dtype), weights))
 
     def rate(self, latents: Latents, slot: Slot) -> Tensor:
-        alive = int(self._pruned(latents["weight"].detach()).count_nonzero())
+        alive = int(self._pruned([latents["weight"].detach()]).count_nonzero())
         zeros = slot.numel - alive
         bits = entropy(np.array([zeros, alive])) + 16.0 * alive
         return latents["weight"].new_tensor(bits, dtype=torch.float32)
 
     def describe(self, latents: Latents, slot: Slot) -> Description:
-        return sparse(self._pruned(latents["weight"].detach()))
+        return sparse(self._pruned([latents["weight"].detach()]))
 
     def restore(self, description: Description, slot: Slot) -> Latents:
         return {"values": sparse_values(description, slot)}
 
-    def _pruned(self, weight: Tensor) -> Tensor:
-        """In numbers that float16 has, float32 of the weight's shape."""
-        found = weight.float()
-        count = math.floor(self.sparsity * weight.numel())
-        if count:
+    def _pruned(self, weights: Sequence[Tensor]) -> Tensor:
+        """In numbers that float16 has, float32 [n]."""
+        found, numbers = joined(weights).float(), [weight.numel() for weight in weights]
+        counts = [math.floor(self.sparsity * number) for number in numbers]
+        if any(counts):
             size = found.abs()
-            least = size.flatten().kthvalue(count + 1).values  # the smallest that is kept
-            kept = (size - least).sign_().clamp_(max=0).add_(1)  # 0 or 1: choosing takes several times as long
+            parts = zip(size.split(numbers), counts)
+            # of each tensor the smallest that is kept; without any to drop, that is every one
+            least = torch.stack(
+                [part.kthvalue(count + 1).values if count else part.new_zeros(()) for part, count in parts]
+            )
+            kept = (
+                (size - spread(least, numbers)).sign_().clamp_(max=0).add_(1)
+            )  # 0 or 1: choosing takes several times as long
             found = found * kept
         return found.half().float() + 0.0  # −0 + 0 = 0, as the file gives

@@ -25,6 +25,7 @@ from torch import Tensor
 from hfcompress.coding import Symbols
 from hfcompress.errors import ConfigError, FormatError
 from hfcompress.reparameterization import Description, Latents, Reparameterization, Slot, array_in, symbols_in
+from hfcompress.together import batches, joined, parted, spread, sums
 
 _START = 0.01  # the first threshold, in units of the weights' root mean square
 _SHARPNESS = 4  # of the soft count |w|^k / (|w|^k + g(s)^k); `_soft_count` squares twice for it
@@ -65,11 +66,14 @@ class SoftThreshold(Reparameterization):
             return _dequantize(latents["codes"].float(), latents["step"]).reshape(slot.shape)
         if "values" in latents:
             return latents["values"].reshape(slot.shape)
-        weight, threshold = latents["weight"], latents["threshold"]
+        return self.decode_group([(latents, slot)], hard=hard)[0]
+
+    def decode_group(self, members: Sequence[tuple[Latents, Slot]], *, hard: bool) -> Sequence[Tensor]:
+        weights, thresholds = ([latents[name] for latents, _ in members] for name in ("weight", "threshold"))
         with torch.no_grad():
-            codes, step = self._codes(weight, threshold)
-            value = codes if step is None else _dequantize(codes, step)
-        decoded: Tensor = _SoftThreshold.apply(weight, threshold, value.to(weight.dtype))
+            codes, step = self._codes(weights, thresholds)
+            value = codes if step is None else _dequantize(codes, spread(step, [w.numel() for w in weights]))
+        decoded: tuple[Tensor, ...] = _SoftThreshold.apply(value.to(weights[0].dtype), *weights, *thresholds)
         return decoded
 
     def rate(self, latents: Latents, slot: Slot) -> Tensor:
@@ -78,16 +82,18 @@ class SoftThreshold(Reparameterization):
     def rate_of_group(self, members: Sequence[tuple[Latents, Slot]]) -> Tensor:
         """As the sum of `rate`, but what is counted of all slots is read from the device at once."""
         weights, thresholds = ([latents[name] for latents, _ in members] for name in ("weight", "threshold"))
+        pairs = list(zip(weights, thresholds))
         with torch.no_grad():
-            counts = torch.stack([self._count(*pair) for pair in zip(weights, thresholds)]).cpu().double().numpy()
+            found = [self._count(*zip(*batch)) for batch in batches(pairs, lambda pair: pair[0])]
+        counts = torch.cat(found).cpu().double().numpy()
         costs = [self._cost(row) for row in counts]
         bits = weights[0].new_tensor(sum(bits for bits, _ in costs), dtype=torch.float32)
         rate: Tensor = _Rate.apply(bits, [price for _, price in costs], *weights, *thresholds)
         return rate
 
     def describe(self, latents: Latents, slot: Slot) -> Description:
-        codes, step = self._codes(latents["weight"].detach(), latents["threshold"].detach())
-        found = codes.flatten().cpu()
+        codes, step = self._codes([latents["weight"].detach()], [latents["threshold"].detach()])
+        found = codes.cpu()
         if step is None:
             return sparse(found)
         return {"codes": Symbols(found.to(torch.int32).numpy()), "step": step.reshape(1).cpu().numpy()}
@@ -105,14 +111,18 @@ class SoftThreshold(Reparameterization):
     def _top(self) -> int:
         return 2 ** (int(self.survivors) - 1) - 1
 
-    def _count(self, weight: Tensor, threshold: Tensor) -> Tensor:
-        """How many weights are zero, and how many take each code (those in float16 are one code): int64."""
+    def _count(self, weights: Sequence[Tensor], thresholds: Sequence[Tensor]) -> Tensor:
+        """How many weights are zero, and how many take each code (those in float16 are one code): int64 [N, codes]."""
+        counts = [weight.numel() for weight in weights]
         if self.survivors == "float16":
-            alive = (weight.float().abs() > threshold.sigmoid()).sum()
-            return torch.stack([weight.numel() - alive, alive])
-        codes, _ = self._codes(weight, threshold)
-        counts = torch.bincount(codes.flatten().long() + self._top, minlength=2 * self._top + 1)
-        return counts.roll(-self._top)
+            size = joined(weights).float().abs()
+            alive = torch.stack([part.sum() for part in (size > _sizes(thresholds, counts)).split(counts)])
+            return torch.stack([torch.tensor(counts, device=alive.device) - alive, alive], 1)
+        codes, _ = self._codes(weights, thresholds)
+        kinds = 2 * self._top + 1
+        firsts = torch.arange(self._top, len(counts) * kinds, kinds, device=codes.device)
+        found = torch.bincount(codes.long() + spread(firsts, counts), minlength=len(counts) * kinds)
+        return found.view(len(counts), kinds).roll(-self._top, 1)
 
     def _cost(self, counts: NDArray[np.float64]) -> tuple[float, float]:
         """Bits of one weight with these counts, zeros first; and what one more survivor would add to them."""
@@ -125,29 +135,36 @@ class SoftThreshold(Reparameterization):
         # where nearly all survive, one zero more would cost bits too: pruning has to begin all the same
         return bits, max(each + math.log2((zeros + 1) / (alive + 1)), 1.0)
 
-    def _codes(self, weight: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What is written down, float32 of the weight's shape, and the step of the grid.
+    def _codes(self, weights: Sequence[Tensor], thresholds: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """What is written down of N tensors, float32 [n], and the steps of their grids, [N].
 
         Without a grid (None) these are the weights themselves, in numbers that float16 has.
         """
-        weight = weight.float()
-        soft = (weight.abs() - threshold.sigmoid()).clamp_(min=0)
+        weight, counts = joined(weights).float(), [weight.numel() for weight in weights]
+        soft = (weight.abs() - _sizes(thresholds, counts)).clamp_(min=0)
         if self.survivors == "float16":
             return soft.copysign_(weight).half().float().add_(0.0), None  # −0 + 0 = 0, as the file gives
-        step = self._step(soft)
-        codes = soft.div_(torch.where(step > 0, step, torch.inf)).ceil_().clamp_(max=self._top)
+        step = self._steps(soft, counts)
+        codes = soft.div_(spread(torch.where(step > 0, step, torch.inf), counts)).ceil_().clamp_(max=self._top)
         return codes.copysign_(weight).add_(0.0), step
 
-    def _step(self, soft: Tensor) -> Tensor:
-        """Scalar, float32, from the sizes of the survivors."""
+    def _steps(self, soft: Tensor, counts: Sequence[int]) -> Tensor:
+        """Float32 [N], from the sizes of the survivors."""
         if not soft.numel():
-            return soft.new_zeros(())
-        highest = soft.max()
-        alive = soft.count_nonzero().clamp(min=1)
-        mean = (soft / torch.where(highest > 0, highest, 1)).sum(dtype=torch.float64) / alive
+            return soft.new_zeros(1)
+        parts = soft.split(list(counts))
+        highest = torch.stack([part.max() for part in parts])
+        alive = torch.stack([part.count_nonzero() for part in parts]).clamp(min=1)
+        shares = soft / spread(torch.where(highest > 0, highest, 1), counts)
+        mean = torch.stack([part.sum(dtype=torch.float64) for part in shares.split(list(counts))]) / alive
         reach = (mean * (2 + 1.6 * math.log(self._top))).clamp(max=1).float() * highest
         # 8 bits of precision: whatever order the sum was taken in, the step is the same
         return (reach / self._top).to(torch.bfloat16).float()
+
+
+def _sizes(thresholds: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
+    """g(s) of each weight."""
+    return spread(torch.stack(tuple(thresholds)).sigmoid(), counts)
 
 
 def _dequantize(codes: Tensor, step: Tensor) -> Tensor:
@@ -180,18 +197,19 @@ class _SoftThreshold(torch.autograd.Function):
     """`value`, with the gradients of sign(w) · relu(|w| − g(s)). Only the latents themselves are kept for backward."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, threshold: Tensor, value: Tensor) -> Tensor:
-        ctx.save_for_backward(weight, threshold)
-        return value
+    def forward(ctx: Any, value: Tensor, *latents: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*latents)
+        return parted(value, latents[: len(latents) // 2])
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        weight, threshold = ctx.saved_tensors
-        g = threshold.sigmoid()
-        size = weight.float().abs()
-        passed = _passes(size, g).to(gradient.dtype).mul_(gradient)
-        slope = -g * (1 - g)
-        return passed, slope * (passed * weight.sign()).sum(dtype=torch.float32), None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        weights, thresholds = ctx.saved_tensors[: len(gradients)], ctx.saved_tensors[len(gradients) :]
+        weight, counts = joined(weights), [weight.numel() for weight in weights]
+        g = torch.stack(thresholds).sigmoid()
+        gradient = joined(gradients)
+        passed = _passes(weight.float().abs(), spread(g, counts)).to(gradient.dtype).mul_(gradient)
+        of_thresholds = -g * (1 - g) * sums(passed * weight.sign(), counts)
+        return None, *parted(passed, weights), *of_thresholds
 
 
 class _Rate(torch.autograd.Function):
@@ -204,23 +222,29 @@ class _Rate(torch.autograd.Function):
         return bits
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        latents, count = ctx.saved_tensors, len(ctx.prices)
-        pairs = [
-            _soft_count(weight, threshold, gradient * price)
-            for price, weight, threshold in zip(ctx.prices, latents[:count], latents[count:])
-        ]
-        return None, None, *(by_weight for by_weight, _ in pairs), *(by_threshold for _, by_threshold in pairs)
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        count = len(ctx.prices)
+        of_weights: list[Tensor] = []
+        of_thresholds: list[Tensor] = []
+        of_one = list(zip(ctx.saved_tensors[:count], ctx.saved_tensors[count:], ctx.prices))
+        for batch in batches(of_one, lambda found: found[0]):
+            weights, thresholds, prices = zip(*batch)
+            by_weight, by_threshold = _soft_counts(weights, thresholds, gradients[0] * gradients[0].new_tensor(prices))
+            of_weights += parted(by_weight, weights)
+            of_thresholds += by_threshold
+        return None, None, *of_weights, *of_thresholds
 
 
-def _soft_count(weight: Tensor, threshold: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """`scale` times the gradient of Σ |w|^k / (|w|^k + g(s)^k) in w and in s."""
-    g, w = threshold.sigmoid(), weight.float()
+def _soft_counts(weights: Sequence[Tensor], thresholds: Sequence[Tensor], scale: Tensor) -> tuple[Tensor, Tensor]:
+    """scale [N] times the gradients of each Σ |w|^k / (|w|^k + g(s)^k) in all w [n] and in s [N]."""
+    weight, counts = joined(weights), [weight.numel() for weight in weights]
+    g, w = torch.stack(tuple(thresholds)).sigmoid(), weight.float()
     size = w.abs()
-    ratio = (size / g).clamp_(1e-4, 1e4).square_().square_()  # ^k: pow_ takes ten times as long
+    ratio = (size / spread(g, counts)).clamp_(1e-4, 1e4).square_().square_()  # ^k: pow_ takes ten times as long
     near = ratio.div_((ratio + 1).square_())  # p · (1 − p): of weights near the threshold
-    by_threshold = -scale * _SHARPNESS * (1 - g) * near.sum()
-    by_weight = near.mul_(w.sign()).mul_(scale * _SHARPNESS).div_(size.clamp_(min=torch.finfo(size.dtype).tiny))
+    by_threshold = -scale * _SHARPNESS * (1 - g) * sums(near, counts)
+    slope = near.mul_(w.sign()).mul_(spread(scale, counts) * _SHARPNESS)
+    by_weight = slope.div_(size.clamp_(min=torch.finfo(size.dtype).tiny))
     return by_weight.to(weight.dtype), by_threshold
 
 

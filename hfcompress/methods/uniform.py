@@ -16,6 +16,7 @@ With `zero_point` the grid holds 0 exactly, which the paper's need not: low and 
 the form in which low-bit kernels take their weights (ONNX Runtime's MatMulNBits, torch's 4-bit matrix products).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -26,7 +27,16 @@ from torch import Tensor
 from hfcompress.coding import Symbols
 from hfcompress.errors import ConfigError, FormatError
 from hfcompress.reparameterization import Description, Latents, Reparameterization, Slot, array_in, symbols_in
-from hfcompress.rounding import extremes, from_buckets, replace_through, stochastic_round, to_buckets
+from hfcompress.rounding import (
+    all_extremes,
+    all_from_buckets,
+    all_to_buckets,
+    replace_all_through,
+    round_by,
+    to_buckets,
+    uniform_draw,
+)
+from hfcompress.together import joined
 
 _SCALES = {"float16": torch.float16, "float32": torch.float32}
 
@@ -66,12 +76,16 @@ class Uniform(Reparameterization):
 
     def decode(self, latents: Latents, slot: Slot, *, hard: bool) -> Tensor:
         if "codes" in latents:
-            return self._dequantize(latents["codes"].float(), latents[self._origin], latents["step"], slot)
-        weight = latents["weight"]
+            return self._dequantize(latents["codes"].float(), latents[self._origin], latents["step"], [slot])[0]
+        return self.decode_group([(latents, slot)], hard=hard)[0]
+
+    def decode_group(self, members: Sequence[tuple[Latents, Slot]], *, hard: bool) -> Sequence[Tensor]:
+        weights = [latents["weight"] for latents, _ in members]
+        slots = [slot for _, slot in members]
         with torch.no_grad():
-            codes, origin, step = self._quantize(weight, None if hard or not self.stochastic else slot.draw)
-            decoded = self._dequantize(codes, origin, step, slot).to(weight.dtype)
-        return replace_through(weight, decoded)
+            codes, origin, step = self._quantize(weights, None if hard or not self.stochastic else slots)
+            decoded = self._dequantize(codes, origin, step, slots, weights[0].dtype)
+        return replace_all_through(weights, decoded)
 
     def rate(self, latents: Latents, slot: Slot) -> Tensor:
         scale_bits = 8 * _SCALES[self.scales].itemsize
@@ -80,7 +94,7 @@ class Uniform(Reparameterization):
         return latents["weight"].new_tensor(bits, dtype=torch.float32)
 
     def describe(self, latents: Latents, slot: Slot) -> Description:
-        codes, origin, step = self._quantize(latents["weight"].detach(), None)
+        codes, origin, step = self._quantize([latents["weight"].detach()], None)
         values = codes.flatten()[: slot.numel].to(torch.int32).cpu().numpy()
         scale = _SCALES[self.scales]
         return {
@@ -110,15 +124,18 @@ class Uniform(Reparameterization):
     def _buckets(self, slot: Slot) -> int:
         return -(-slot.numel // (self.bucket or max(slot.numel, 1)))
 
-    def _quantize(self, weight: Tensor, draw: int | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes [buckets, bucket] as float32, low or zero [buckets, 1], step [buckets, 1] as float32."""
-        rows = to_buckets(weight.float(), self.bucket)
+    def _quantize(self, weights: Sequence[Tensor], drawn: Sequence[Slot] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes [buckets, bucket] as float32, low or zero [buckets, 1], step [buckets, 1] as float32.
+
+        Of several whole tensors [n, 1] each. drawn: the slots, whose draws round.
+        """
+        rows = all_to_buckets(weights, self.bucket).float()
         top = 2**self.bits - 1
         scale = _SCALES[self.scales]
         if rows.numel() == 0:
             empty = rows.new_zeros(0, 1)
             return rows, empty, empty
-        low, high = extremes(rows)
+        low, high = all_extremes(rows, weights, self.bucket)
         if self.zero_point:
             low, high = low.clamp(max=0), high.clamp(min=0)
         else:
@@ -131,12 +148,25 @@ class Uniform(Reparameterization):
         else:
             origin = low
             position = (rows - low).div_(divisor)
-        rounded = position.round_() if draw is None else stochastic_round(position, draw)
+        rounded = position.round_() if drawn is None else round_by(position, self._draws(drawn, position))
         return rounded.clamp_(0, top).abs_(), origin, step  # abs: a code −0 would decode to −0, from the file to 0
 
-    def _dequantize(self, codes: Tensor, origin: Tensor, step: Tensor, slot: Slot) -> Tensor:
+    def _draws(self, slots: Sequence[Slot], position: Tensor) -> Tensor:
+        """Of each slot as many as its buckets hold, as if it were alone."""
+        size = self.bucket or 1
+        parts = []
+        for slot in slots:
+            filled = -slot.numel % size
+            alone = uniform_draw(slot.numel + (filled if slot.numel > size else 0), slot.draw)
+            parts.append(torch.nn.functional.pad(alone, (0, slot.numel + filled - alone.numel())))
+        if len(slots) == 1:
+            parts[0] = parts[0][: position.numel()]
+        return joined(parts).view(position.shape).to(position.device)
+
+    def _dequantize(
+        self, codes: Tensor, origin: Tensor, step: Tensor, slots: Sequence[Slot], dtype: torch.dtype = torch.float32
+    ) -> list[Tensor]:
         """Overwrites `codes`, float32 [buckets, bucket]: this runs every step, and fresh memory is the slow part."""
-        if self.zero_point:
-            return from_buckets(codes.sub_(origin).mul_(step), slot.shape)
         # two kernels on purpose: a fused multiply-add would round once instead of twice, and differ between machines
-        return from_buckets(codes.mul_(step).add_(origin), slot.shape)
+        rows = codes.sub_(origin).mul_(step) if self.zero_point else codes.mul_(step).add_(origin)
+        return all_from_buckets(rows.to(dtype), [slot.shape for slot in slots], self.bucket)
