@@ -7,6 +7,7 @@ latents z ──decode──▶ w ──copy──▶ model.parameters()        
 The weight of the rate is given, or a target is, for which controller.py finds it step by step.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
@@ -145,14 +146,16 @@ class Compressor:
         """The gradient of rate_weight · bits / weights, added to the latents'."""
         bits = torch.stack([self._rate_of(group) for group in self._priced]).sum()
         latents = [latent for _, _, latent in self._trained()]
-        gradients = torch.autograd.grad(bits, latents, allow_unused=True)
+        # methods are told which way the rate goes: where weights have to grow, its weight is below zero
+        sign = math.copysign(1.0, self.rate_weight)
+        gradients = torch.autograd.grad(bits, latents, torch.full_like(bits, sign), allow_unused=True)
         pairs = [(z, g) for z, g in zip(latents, gradients) if g is not None]
         both = [(z.grad, g) for z, g in pairs if z.grad is not None]
         if self.controller is not None:
             equal = balance(both)
             per_weight = None if equal is None else equal * self.weights
             self.rate_weight = self.controller.update(bits.item() + self._settled, self.sparsity(), per_weight)
-        share = self.rate_weight / self.weights
+        share = sign * self.rate_weight / self.weights
         if both:
             torch._foreach_add_([of_loss for of_loss, _ in both], [of_rate for _, of_rate in both], alpha=share)
         for latent, gradient in pairs:

@@ -156,7 +156,7 @@ def test_the_gradient_is_that_of_the_soft_count(given_: tuple[list[float], float
     latents, method, h = latents_of(weights, s), SoftThreshold(), 1e-6
     method.rate(latents, slot_of(weights)).backward()
     alive = sum(abs(w) > g for w in weights)
-    price = max(16 + math.log2((len(weights) - alive + 1) / (alive + 1)), 1)
+    price = max(16 + math.log2((len(weights) - alive + 1) / (alive + 1)), 1) * (1 if alive else -1)
 
     def slope(at) -> float:
         return price * (at(h) - at(-h)) / (2 * h)
@@ -165,7 +165,26 @@ def test_the_gradient_is_that_of_the_soft_count(given_: tuple[list[float], float
     assert latents["threshold"].grad.item() == pytest.approx(by_s, rel=1e-3, abs=1e-4)
     for i, w in enumerate(weights):
         by_weight = slope(lambda d, w=w: soft_count([w * (1 + d)], s, _SHARPNESS)) / w
-        assert latents["weight"].grad[i].item() == pytest.approx(by_weight, rel=1e-3, abs=1e-3 * price / abs(w))
+        assert latents["weight"].grad[i].item() == pytest.approx(by_weight, rel=1e-3, abs=1e-3 * abs(price) / abs(w))
+
+
+@pytest.mark.parametrize("survivors", ["float16", 4])
+def test_a_tensor_is_not_pruned_far_below_the_others(survivors) -> None:
+    """Half alive; a tenth, which is a fifth of the density of all; none at all; and where all of them have to grow."""
+    method = SoftThreshold(survivors=survivors)
+    weights = [torch.linspace(0.01, 1, 1000).requires_grad_() for _ in range(3)]
+    members = []
+    for weight, threshold in zip(weights, (0.3, 0.95, 0.99999)):
+        s = torch.tensor(math.log(threshold / (1 - threshold)), requires_grad=True)
+        members.append(({"weight": weight, "threshold": s}, Slot("w", (1000,))))
+    members[2][0]["weight"].data.mul_(0.9)
+    slopes = []
+    for way in (1.0, -1.0):
+        thresholds = [latents["threshold"] for latents, _ in members]
+        slopes.append([g.item() for g in torch.autograd.grad(way * method.rate_of_group(members), thresholds)])
+    falling, growing = slopes
+    assert falling[0] < 0 and falling[1] == pytest.approx(0, abs=0.3 * -falling[0]) and falling[2] > 0
+    assert all(slope > 0 for slope in growing)
 
 
 def test_pruning_never_has_a_reward_below_nothing() -> None:

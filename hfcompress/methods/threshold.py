@@ -27,6 +27,7 @@ from hfcompress.errors import ConfigError, FormatError
 from hfcompress.reparameterization import Description, Latents, Reparameterization, Slot, array_in, symbols_in
 from hfcompress.together import batches, joined, parted, spread, sums
 
+_LEAST = 0.2  # of the density of all tensors, that each one keeps
 _START = 0.01  # the first threshold, in units of the weights' root mean square
 _SHARPNESS = 4  # of the soft count |w|^k / (|w|^k + g(s)^k); `_soft_count` squares twice for it
 
@@ -88,7 +89,8 @@ class SoftThreshold(Reparameterization):
         counts = torch.cat(found).cpu().double().numpy()
         costs = [self._cost(row) for row in counts]
         bits = weights[0].new_tensor(sum(bits for bits, _ in costs), dtype=torch.float32)
-        rate: Tensor = _Rate.apply(bits, [price for _, price in costs], *weights, *thresholds)
+        prices = [(price, price * factor) for (_, price), factor in zip(costs, _kept_alive(counts))]
+        rate: Tensor = _Rate.apply(bits, prices, *weights, *thresholds)
         return rate
 
     def describe(self, latents: Latents, slot: Slot) -> Description:
@@ -167,6 +169,18 @@ def _sizes(thresholds: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
     return spread(torch.stack(tuple(thresholds)).sigmoid(), counts)
 
 
+def _kept_alive(counts: NDArray[np.float64]) -> NDArray[np.float64]:
+    """What the price of a survivor is multiplied by in each tensor, given its zeros and its codes [N, codes].
+
+    A tensor that comes to nothing takes its network's gradient with it, and cannot come back. So the price falls from
+    where a tensor has twice `_LEAST` of the density of all tensors, is 0 at `_LEAST`, and below it pays for survivors.
+    """
+    alive, numbers = counts[:, 1:].sum(1), counts.sum(1)
+    least = _LEAST * alive.sum() / max(numbers.sum(), 1)
+    own = alive / np.maximum(numbers, 1)
+    return np.clip(own / max(least, 1e-12) - 1, -1, 1)
+
+
 def _dequantize(codes: Tensor, step: Tensor) -> Tensor:
     """±(q − ½) · step for a code ±q, 0 for 0. Two roundings on every machine: sums of halves are exact."""
     return (codes - 0.5 * codes.sign()) * step
@@ -216,7 +230,7 @@ class _Rate(torch.autograd.Function):
     """`bits`, with the gradient of Σ price · Σ |w|^k / (|w|^k + g(s)^k); the outer sum is over the tensors."""
 
     @staticmethod
-    def forward(ctx: Any, bits: Tensor, prices: list[float], *latents: Tensor) -> Tensor:
+    def forward(ctx: Any, bits: Tensor, prices: list[tuple[float, float]], *latents: Tensor) -> Tensor:
         ctx.save_for_backward(*latents)
         ctx.prices = prices
         return bits
@@ -229,7 +243,9 @@ class _Rate(torch.autograd.Function):
         of_one = list(zip(ctx.saved_tensors[:count], ctx.saved_tensors[count:], ctx.prices))
         for batch in batches(of_one, lambda found: found[0]):
             weights, thresholds, prices = zip(*batch)
-            by_weight, by_threshold = _soft_counts(weights, thresholds, gradients[0] * gradients[0].new_tensor(prices))
+            grow, shrink = gradients[0].new_tensor(prices).unbind(1)
+            scale = gradients[0] * torch.where(gradients[0] > 0, shrink, grow)
+            by_weight, by_threshold = _soft_counts(weights, thresholds, scale)
             of_weights += parted(by_weight, weights)
             of_thresholds += by_threshold
         return None, None, *of_weights, *of_thresholds
