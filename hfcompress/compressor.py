@@ -2,7 +2,7 @@
 
 latents z ──decode──▶ w ──copy──▶ model.parameters()        write()      once per optimizer step
     ▲                                  │ forward / backward of an untouched model
-    └──────── vjp of decode ◀──── param.grad                pull_back()  + gradient of rate_weight · bits / weights
+    └──────── vjp of decode ◀──── param.grad                pull_back()  + gradient of rate_weight · bits / parameters
 
 The weight of the rate is given, or a target is, for which controller.py finds it step by step.
 """
@@ -40,8 +40,8 @@ class Compressor:
     """Holds the latents of every weight that a rule claims; the model's parameters stay plain leaf tensors.
 
     `rules`: in order of precedence, the first match wins; weights no rule claims stay as they are. `rate_weight`:
-    weight in the loss of the rate, in bits per claimed weight; or `target`: the size or sparsity for which to find it,
-    given the length of the training by `plan`. `seed`: of training decodes that draw random numbers.
+    weight in the loss of the rate, in bits per parameter of the model; or `target`: the size or sparsity for which to
+    find it, given the length of the training by `plan`. `seed`: of training decodes that draw random numbers.
 
     Raises ConfigError: a rule that claims nothing, two rules that claim one tied weight, a weight that is not finite
     or beyond what its method can hold; a rate weight or a target (not both) that no method can be trained for.
@@ -73,9 +73,8 @@ class Compressor:
                 self.entries[name] = self._enter(slot, rules[position].method, parameter, shared)
                 offset += parameter.numel()
             self._groups.append([self.entries[name] for _, name, _, _ in mine])
-        self.weights = sum(e.slot.numel for e in self.entries.values())
-        stored = sum(p.numel() for name, p in model.named_parameters() if name not in unsaved(model))
-        self.controller = None if target is None else Controller(target, stored)
+        self.parameters = sum(p.numel() for name, p in model.named_parameters() if name not in unsaved(model))
+        self.controller = None if target is None else Controller(target, self.parameters)
         wanted = target is not None or rate_weight > 0
         rates = [self._rate_of(group) for group in self._groups] if wanted else []
         self._priced = [group for group, rate in zip(self._groups, rates) if rate.requires_grad]
@@ -143,7 +142,7 @@ class Compressor:
             entry.parameter.grad = None
 
     def _add_rate(self) -> None:
-        """The gradient of rate_weight · bits / weights, added to the latents'."""
+        """The gradient of rate_weight · bits / parameters, added to the latents'."""
         bits = torch.stack([self._rate_of(group) for group in self._priced]).sum()
         latents = [latent for _, _, latent in self._trained()]
         # methods are told which way the rate goes: where weights have to grow, its weight is below zero
@@ -153,9 +152,9 @@ class Compressor:
         both = [(z.grad, g) for z, g in pairs if z.grad is not None]
         if self.controller is not None:
             equal = balance(both)
-            per_weight = None if equal is None else equal * self.weights
+            per_weight = None if equal is None else equal * self.parameters
             self.rate_weight = self.controller.update(bits.item() + self._settled, self.sparsity(), per_weight)
-        share = sign * self.rate_weight / self.weights
+        share = sign * self.rate_weight / self.parameters
         if both:
             torch._foreach_add_([of_loss for of_loss, _ in both], [of_rate for _, of_rate in both], alpha=share)
         for latent, gradient in pairs:

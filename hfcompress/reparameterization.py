@@ -3,18 +3,20 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import StrEnum
+from functools import cache
 from types import MappingProxyType
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias, get_type_hints
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from hfcompress.coding import Symbols
-from hfcompress.errors import FormatError
+from hfcompress.errors import ConfigError, FormatError
 
 Latents: TypeAlias = dict[str, Tensor]
 """Named tensors of one slot: float tensors are trained, integer tensors are constants."""
@@ -77,6 +79,17 @@ class Reparameterization(ABC):
     """Latents whose scale has nothing to do with that of weights (steps, thresholds, probability models), each with
     the learning rate of the Adam that trains them beside the user's optimizer; it follows the user's schedule."""
 
+    def __post_init__(self) -> None:
+        """Raises ConfigError: an option that is not of its type. What else a method refuses, it adds."""
+        name = type(self).__name__.lower()
+        for field, adapter in _options(type(self)).items():
+            found = getattr(self, field)
+            try:
+                adapter.validate_python(found, strict=True)
+            except ValidationError as error:
+                said = error.errors()[-1]["msg"].removeprefix("Input should be ")
+                raise ConfigError(f"{name}: {field} must be {said}, found {found!r}") from error
+
     @property
     def noisy(self) -> bool:
         """Whether ``decode(hard=False)`` differs in value from ``decode(hard=True)``."""
@@ -124,6 +137,12 @@ class Reparameterization(ABC):
         A method whose slots share a probability model may do better than one by one; a test holds both equal.
         """
         return torch.stack([self.rate(latents, slot) for latents, slot in members]).sum()
+
+
+@cache
+def _options(method: type[Reparameterization]) -> dict[str, TypeAdapter[Any]]:
+    hints = get_type_hints(method)
+    return {field.name: TypeAdapter(hints[field.name]) for field in fields(method)}  # type: ignore[arg-type]
 
 
 def symbols_in(description: Description, name: str, count: int, low: int, high: int) -> NDArray[np.int32]:

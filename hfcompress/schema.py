@@ -158,7 +158,7 @@ class Compression:
     warm_start: bool = False
     # distil from the trained full-precision student, in place of the teacher or without one
     taught_by_twin: bool = False
-    rate_weight: float = Field(default=0.0, ge=0)  # weight of the rate (bits per claimed weight) in the loss
+    rate_weight: float = Field(default=0.0, ge=0)  # weight of the rate (bits per parameter of the model) in the loss
     target: Target | None = None  # the size or sparsity for which the rate's weight is found
     training: TrainingSettings | None = None  # on top of the student's; null: exactly the student's
 

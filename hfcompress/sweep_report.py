@@ -101,7 +101,9 @@ def _remarks(point: PointRecord) -> str:
     if missing == len(point.cells):
         return "not run"
     counts = [f"{failed} failed" if failed else "", f"{missing} not run" if missing else ""]
-    return ", ".join(count for count in counts if count)
+    otherwise = dict.fromkeys(text for cell in point.done for text in cell.otherwise)
+    ran = "run with " + ", ".join(f"`{text}`" for text in otherwise) if otherwise else ""
+    return ", ".join(remark for remark in (*counts, ran) if remark)
 
 
 def _figure(size: int | None, score: float) -> str:

@@ -8,9 +8,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
+
 from hfcompress.files import write_atomically
 from hfcompress.measure import scores_of
-from hfcompress.output import RESULTS, VALIDATION
+from hfcompress.output import RECIPE, RESULTS, VALIDATION
+from hfcompress.recipe import dump, load
+from hfcompress.recipe_checks import show
 from hfcompress.results import METRICS, Results, Row, Score
 from hfcompress.sweep_schema import Cell, Choice, PaperFigure, Plan
 
@@ -35,6 +39,7 @@ class CellRecord:
     hardware: dict[str, Any] | None = None
     versions: dict[str, str] | None = None
     seconds: dict[str, float] | None = None
+    otherwise: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -191,4 +196,21 @@ def read_cell(cell: Cell, folder: Path) -> CellRecord:
         hardware=results.hardware,
         versions=results.versions,
         seconds=results.seconds,
+        otherwise=_otherwise(cell, place),
     )
+
+
+def _otherwise(cell: Cell, place: Path) -> tuple[str, ...]:
+    """Each as an override that makes the plan's setting the run's. Raises ConfigError: a recipe that no run wrote."""
+    (ran,) = load(place / RECIPE)
+    found, planned = (_leaves("", yaml.safe_load(dump(recipe))) for recipe in (ran, cell.recipe))
+    keys = dict.fromkeys([*planned, *found])
+    return tuple(f"{key}={show(found.get(key))}" for key in keys if found.get(key) != planned.get(key))
+
+
+def _leaves(key: str, node: Any) -> dict[str, Any]:
+    """Dotted keys of a recipe's tree, and their values."""
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else None
+    if items is None:
+        return {key: node}
+    return {at: leaf for step, item in items for at, leaf in _leaves(f"{key}.{step}".lstrip("."), item).items()}

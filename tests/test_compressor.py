@@ -115,7 +115,7 @@ def test_the_model_holds_the_hard_decode(method: Reparameterization) -> None:
         assert torch.equal(entry.parameter, method.decode(entry.latents, entry.slot, hard=True))
     assert {id(p) for p in model.parameters()} == before and all(p.is_leaf for p in model.parameters())
     assert compressor.entries.keys() == EVERY_WEIGHT
-    assert compressor.weights == sum(p.numel() for p in model.parameters())
+    assert compressor.parameters == sum(p.numel() for p in model.parameters())
 
 
 @every_method
@@ -143,7 +143,7 @@ def test_pull_back_is_autograd_through_decode(method: Reparameterization, rate_w
     used = {n: w if n.partition(".")[0] not in ("frozen", "unused") else w.detach() for n, w in weights.items()}
     wanted = loss_of(lambda tokens: torch.func.functional_call(model, used, tokens), 0)
     if rate_weight:
-        wanted = wanted + rate_weight / compressor.weights * sum(rates)
+        wanted = wanted + rate_weight / compressor.parameters * sum(rates)
     wanted.backward()
     for name, latents in copies.items():
         for key, latent in latents.items():

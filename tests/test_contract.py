@@ -13,7 +13,17 @@ from methods import TABLE, largest, name_of
 from torch import Tensor
 
 from hfcompress.container import Reader, Writer
-from hfcompress.methods import BY_NAME, METHODS
+from hfcompress.errors import ConfigError
+from hfcompress.methods import (
+    BY_NAME,
+    METHODS,
+    Dense,
+    EntropyPenalized,
+    Levels,
+    MultiHash,
+    SoftThreshold,
+    Uniform,
+)
 from hfcompress.reparameterization import Kind, Latents, Reparameterization, Slot
 
 SHAPES = {
@@ -199,6 +209,24 @@ def test_hard_is_certain(case: Case) -> None:
 @pytest.mark.parametrize("method", TABLE, ids=name_of)
 def test_own_config(method: Reparameterization) -> None:
     assert type(method)(**json.loads(json.dumps(asdict(method)))) == method
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "said"),
+    [
+        (Uniform, {"bits": 2.5}, r"uniform: bits must be a valid integer.*found 2\.5"),
+        (Uniform, {"bits": "4"}, "uniform: bits must be a valid integer.*found '4'"),
+        (Uniform, {"scales": "bfloat16"}, "uniform: scales must be 'float16' or 'float32', found 'bfloat16'"),
+        (Levels, {"start": "median"}, "levels: start must be 'nearest', 'quantile' or 'uniform', found 'median'"),
+        (EntropyPenalized, {"transform": "DCT"}, "entropypenalized: transform must be 'none' or 'dft', found 'DCT'"),
+        (MultiHash, {"bytes": "20KB"}, "multihash: bytes must be .*found '20KB'"),
+        (SoftThreshold, {"survivors": 4.5}, "softthreshold: survivors must be .*found 4.5"),
+        (Dense, {"dtype": "int8"}, "dense: dtype must be 'float16' or 'float32', found 'int8'"),
+    ],
+)
+def test_options_of_another_type_are_refused(method: type[Reparameterization], options: dict, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        method(**options)
 
 
 @pytest.mark.parametrize("method", [m for m in TABLE if m.noisy], ids=name_of)

@@ -228,6 +228,16 @@ def test_the_table_holds_means_and_what_is_missing(made):
     assert not results.complete and results.failed == 0
 
 
+def test_a_cell_that_was_run_otherwise_says_how(made, path):
+    """The table's command is not what made it."""
+    _, folder = made
+    changed = ["points=[{name: 2bit}, {name: 6bit}, {name: never}]", "student.training.max_steps=99", "seeds=[0]"]
+    write_table(gather(load_sweep(path, changed), folder), "hfcompress sweep tiny.yaml", folder / "table.md")
+    table = (folder / "table.md").read_text()
+    ran = load_sweep(path).cells[0].recipe.student.training["max_steps"]
+    assert f"| `2bit` | 1 | 1,000 | 4.0 | 70.00 | 60.00 |  | run with `student.training.max_steps={ran}` |" in table
+
+
 def test_students_trained_otherwise_are_no_seeds_of_one(path, tmp_path):
     plan = load_sweep(path, ["points=[{name: 2bit}, {name: 4bit}, {name: 6bit}]"])
     pretend(plan, tmp_path, {("2bit", 0): (1000, 70, 60.0), ("4bit", 0): (2000, 72, 62), ("4bit", 1): (2100, 72, 62)})

@@ -3,7 +3,7 @@
 Oktay, Ballé, Singh, Shrivastava, "Scalable model compression by entropy penalized reparameterization", ICLR 2020. With
 latents φ, a step Δ = exp(log_step) per weight tensor and a probability model p shared by the tensors of one rule,
 
-    ŵ = Δ · round(φ / Δ),        loss = task(ŵ) + rate_weight · (1 / weights) · Σ E[−log2 p(φ / Δ + u)],  u ~ U(−½, ½).
+    ŵ = Δ · round(φ / Δ),        loss = task(ŵ) + rate_weight / parameters · Σ E[−log2 p(φ / Δ + u)],  u ~ U(−½, ½).
 
 Rounding is straight through for the task; φ, Δ and p are learned together. `dft`: φ holds the real discrete Fourier
 transform of each H×W slice of a convolution kernel, with a step for each of its H·W coefficients.
@@ -65,6 +65,7 @@ class EntropyPenalized(Reparameterization):
     auxiliary: ClassVar[Mapping[str, float]] = MappingProxyType({"log_step": 1e-2, "prior": 1e-2})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 1 / 64 <= self.step <= 1:
             raise ConfigError(
                 f"entropypenalized: step is relative to the weights' size and must be 1/64 to 1, found {self.step}"

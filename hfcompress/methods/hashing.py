@@ -64,6 +64,7 @@ class MultiHash(Reparameterization):
     frozen: ClassVar[frozenset[str]] = frozenset({"deviation"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if (self.fraction is None) == (self.bytes is None):
             raise ConfigError(f"multihash: give either fraction or bytes, found {self.fraction} and {self.bytes}")
         if self.fraction is not None and not 0 < self.fraction <= 1:

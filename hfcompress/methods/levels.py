@@ -63,6 +63,7 @@ class Levels(Reparameterization):
     auxiliary: ClassVar[Mapping[str, float]] = MappingProxyType({"points": 1e-3})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not LEAST <= self.points <= MOST:
             raise ConfigError(f"levels: points must be {LEAST} to {MOST}, found {self.points}")
         if self.bucket is not None and self.bucket < 1:

@@ -36,6 +36,7 @@ class Magnitude(Reparameterization):
     decayed: ClassVar[frozenset[str]] = frozenset({"weight"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.sparsity < 1:
             raise ConfigError(f"magnitude: sparsity must be at least 0 and less than 1, found {self.sparsity}")
 

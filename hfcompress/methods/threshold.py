@@ -53,6 +53,7 @@ class SoftThreshold(Reparameterization):
     auxiliary: ClassVar[Mapping[str, float]] = MappingProxyType({"threshold": 0.1})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.survivors not in ("float16", *range(2, 9)):
             raise ConfigError(f'softthreshold: survivors must be "float16" or 2 to 8 bits, found {self.survivors}')
 

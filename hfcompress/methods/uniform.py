@@ -62,6 +62,7 @@ class Uniform(Reparameterization):
     decayed: ClassVar[frozenset[str]] = frozenset({"weight"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 1 <= self.bits <= 8:
             raise ConfigError(f"uniform: bits must be 1 to 8, found {self.bits}")
         if self.bucket is not None and self.bucket < 1:
