@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hfcompress.compressor import Compressor
+from hfcompress.compressor import Compressor, Entry
 from hfcompress.errors import ResumeError
+from hfcompress.reparameterization import Kind
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +27,8 @@ class BestLatents(TrainerCallback):
             load_latents(self.compressor, Path(state.best_model_checkpoint))
 
 
-class MissedTarget(TrainerCallback):
-    """A target that was not reached is said to be so, and by how much."""
+class Misses(TrainerCallback):
+    """A target that was not reached is said to be so, and by how much; so are matrices that came to nothing."""
 
     def __init__(self, compressor: Compressor) -> None:
         self.compressor = compressor
@@ -43,6 +44,18 @@ class MissedTarget(TrainerCallback):
                 outcome,
                 state.global_step,
             )
+        dead = [entry.slot.name for entry in self.compressor.entries.values() if _dead(entry)]
+        if dead and state.is_world_process_zero:
+            logger.warning(
+                "%s: every weight is zero, and what went through it is lost. Prune less, give it a rule of its own, or "
+                "train for more steps",
+                ", ".join(dead),
+            )
+
+
+def _dead(entry: Entry) -> bool:
+    matrix = entry.slot.kind in (Kind.CONV, Kind.LINEAR, Kind.EMBEDDING) and entry.slot.numel > 1
+    return matrix and not entry.parameter.any().item()
 
 
 def load_latents(compressor: Compressor, folder: Path) -> None:

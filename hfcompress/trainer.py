@@ -14,7 +14,7 @@ from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer_utils import TrainOutput
 
 from hfcompress import checkpoint, hub, losses
-from hfcompress.callbacks import BestLatents, MissedTarget, load_latents
+from hfcompress.callbacks import BestLatents, Misses, load_latents
 from hfcompress.compressor import Compressor
 from hfcompress.errors import ConfigError, ResumeError
 from hfcompress.networks import check_tokenizers
@@ -104,7 +104,7 @@ class CompressionMixin(_Parent):
         weight, target, seed = compression.rate_weight, compression.target, self.args.seed
         compressor = Compressor(self.model, compression.rules, rate_weight=weight, target=target, seed=seed)
         self.add_callback(BestLatents(compressor))
-        self.add_callback(MissedTarget(compressor))
+        self.add_callback(Misses(compressor))
         return compressor
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:

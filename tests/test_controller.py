@@ -21,6 +21,7 @@ from hfcompress.compressor import Compressor
 from hfcompress.controller import Controller, Outcome, balance
 from hfcompress.errors import ConfigError
 from hfcompress.methods import Dense, SoftThreshold, Uniform
+from hfcompress.reparameterization import Kind
 from hfcompress.schema import Compression, Rule
 from hfcompress.target import Target
 
@@ -294,7 +295,7 @@ def test_the_compressor_balances_the_rate_with_the_loss() -> None:
     rate = torch.autograd.grad(plain.rate(), [*latents], allow_unused=True)
     ratios = [(z.grad.norm() / g.norm()).log() for z, g in zip(latents, rate) if g is not None]
     mean = torch.stack([ratio for ratio in ratios if ratio.isfinite()]).mean()
-    wanted = plain.weights * mean.exp().item() * 0.1 * (1 - math.exp(-2))
+    wanted = plain.parameters * mean.exp().item() * 0.1 * (1 - math.exp(-2))
     assert compressor.rate_weight == pytest.approx(wanted, rel=1e-5)
 
 
@@ -359,6 +360,16 @@ def test_a_target_that_was_missed_is_said_to_be(tmp_path, caplog) -> None:
     found = f"bytes 1,000 was asked for, {size:,} found (+{size / 10 - 100:.1f} %)"
     assert record.getMessage().startswith(f"the target was not reached: {found} after 4 steps.")
     assert not trainer.compressor.outcome().reached
+
+
+def test_a_matrix_that_came_to_nothing_is_named(tmp_path, caplog) -> None:
+    trainer = trainer_of(tmp_path, Target(bytes=1000), max_steps=1)
+    entry = next(e for e in trainer.compressor.entries.values() if e.slot.kind == Kind.CONV)
+    entry.latents["threshold"].data.fill_(20.0)
+    with caplog.at_level(logging.WARNING, "hfcompress"):
+        trainer.train()
+    (message,) = (record.getMessage() for record in caplog.records if "every weight is zero" in record.getMessage())
+    assert message.startswith(f"{entry.slot.name}: every weight is zero")
 
 
 def test_resuming_is_exact_with_a_target(tmp_path) -> None:

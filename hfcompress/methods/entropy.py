@@ -9,11 +9,11 @@ Rounding is straight through for the task; φ, Δ and p are learned together. `d
 transform of each H×W slice of a convolution kernel, with a step for each of its H·W coefficients.
 
 Where the code differs. φ is kept in the weights' own unit, not the step's, so that the learning rates and weight decay
-that suit the weights suit it, and a change of Δ does not move the weights. The expectation over u is computed instead
-of sampled (`density.py`). The transform is orthonormal and real, without redundant coefficients. What `rate` returns is
-the code length of the rounded latents, which is what a file costs, with the gradient of the noisy one: near the end of
-training many latents drift about within ±½ of zero, and the noisy value is two to three times the file. The probability
-model itself is not in the file: the coder counts its tables anew.
+that suit the weights suit it, and a change of Δ does not move the weights. There is no shift: 0 is a code. The
+expectation over u is computed instead of sampled (`density.py`). The transform is orthonormal and real, without
+redundant coefficients. What `rate` returns is the code length of the rounded latents, which is what a file costs, with
+the gradient of the noisy one: near the end of training many latents drift about within ±½ of zero, and the noisy value
+is two to three times the file. The probability model itself is not in the file: the coder counts its tables anew.
 """
 
 import math

@@ -7,8 +7,9 @@ Sparsity", ICML 2020, section 3: with g = sigmoid,
     ∂L/∂w = ∂L/∂ŵ · [ŵ ≠ 0],    ∂L/∂s = −g′(s) · Σᵢ ∂L/∂ŵᵢ · sign(wᵢ) · [ŵᵢ ≠ 0]
 
 The paper lets weight decay pull s up from a start found by hand; here g(s) starts at a hundredth of the weights' size,
-where its gradient is alive, and the rate in bits pulls it up, so that a target can say how far. One more difference: a
-weight of exactly 0 gets its gradient too, or a tensor that starts at zero (the last of a residual branch) stays there.
+where its gradient is alive, and the rate in bits pulls it up, so that a target can say how far. Two more differences: a
+weight of exactly 0 gets its gradient too, or a tensor that starts at zero (the last of a residual branch) stays there;
+and the rate leaves alone what has become much sparser than the rest, or whole tensors would come to nothing.
 """
 
 import math
