@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from hfcompress.methods import MultiHash as MultiHash
     from hfcompress.methods import SoftThreshold as SoftThreshold
     from hfcompress.methods import Uniform as Uniform
+    from hfcompress.redistribution import gradient_norms as gradient_norms
+    from hfcompress.redistribution import redistribute_points as redistribute_points
     from hfcompress.reparameterization import Kind as Kind
     from hfcompress.reparameterization import Reparameterization as Reparameterization
     from hfcompress.saving import dequantize as dequantize
@@ -54,7 +56,9 @@ _HOMES = {
     "Uniform": "methods",
     "dequantize": "saving",
     "from_teacher": "students",
+    "gradient_norms": "redistribution",
     "load": "loading",
+    "redistribute_points": "redistribution",
     "save": "checkpoint",
 }
 

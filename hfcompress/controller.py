@@ -173,8 +173,8 @@ def check(rate_weight: float, controller: Controller | None, *, trainable: bool)
         raise ConfigError(f"{' and '.join(given)}, but a target finds the rate's weight itself: leave one of them out")
     if given and not trainable:
         raise ConfigError(
-            f"{given[0]}, but no method of the rules has a rate that can be trained (uniform and dense cost what they "
-            "cost): leave it out, or give some weights to a method such as softthreshold"
+            f"{given[0]}, but no method of the rules has a rate that can be trained: leave it out, or give some "
+            "weights to a method that has one, such as softthreshold or entropypenalized"
         )
 
 
