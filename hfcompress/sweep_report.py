@@ -7,6 +7,8 @@ from typing import Literal
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation
+from matplotlib.transforms import Bbox
 
 from hfcompress.card_text import Table, duration, hardware_words, markdown_table
 from hfcompress.files import write_atomically
@@ -18,6 +20,7 @@ from hfcompress.sweep_results import Mean, PointRecord, SweepResults, mean
 _COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933")
 _LINES = tuple(zip(_COLOURS, "os^DvPX<"))
 _PAPER = "#000000"
+_HEIGHTS = (4, -11, 14, -21, 24, -31, 34)  # of a label over its cross, in points, in the order in which they are tried
 
 
 def write_table(results: SweepResults, command: str, path: Path) -> None:
@@ -214,7 +217,9 @@ def plot(results: SweepResults, path: Path) -> bool:
     axes.set(xlabel="bytes of the file", ylabel=f"test {METRICS[results.metric].heading}")
     entitle(axes, results.title)
     readable_sizes(axes)
+    axes.margins(y=0.1)  # room for labels
     axes.legend(frameon=False, fontsize=8)
+    _part_labels(axes)
     save_picture(figure, path)
     return True
 
@@ -247,7 +252,7 @@ def _draw_reference(axes: Axes, results: SweepResults) -> None:
 
 
 def _draw_paper(axes: Axes, results: SweepResults) -> None:
-    """Crosses, each with its label: inside, and above or below in turn among those of like height."""
+    """Crosses, each with its label."""
     sizes = {point.name: point.bytes.mean for point in results.points if point.bytes}
     marks: list[tuple[float, float, str]] = []
     for figure in results.paper:
@@ -256,18 +261,37 @@ def _draw_paper(axes: Axes, results: SweepResults) -> None:
             marks.append((figure.bytes, figure.score, figure.label))
         elif ours is not None:
             marks.append((ours, figure.score, figure.label))
-    seen = [*sizes.values(), *(size for size, _, _ in marks)]
     said = {"the paper" if figure.bytes else "the paper, at our bytes" for figure in results.paper}
     if marks:
         axes.plot([], [], color=_PAPER, marker="x", linestyle="", label=" or ".join(sorted(said)))
-    for number, (size, score, note) in enumerate(sorted(marks, key=lambda mark: mark[1])):
+    for size, score, _ in marks:
         axes.plot([size], [score], color=_PAPER, marker="x", linestyle="", markersize=7)
-        left = size > min(seen) ** 0.4 * max(seen) ** 0.6  # its label would leave the picture on the right
+    seen = [*sizes.values(), *(size for size, _, _ in marks)]
+    for size, score, note in marks:
+        on_the_left = size > min(seen) ** 0.4 * max(seen) ** 0.6  # it would leave the picture on the right
         axes.annotate(
             note,
             (size, score),
-            xytext=(-5 if left else 5, -10 if number % 2 else 4),
+            xytext=(-5 if on_the_left else 5, 4),
             textcoords="offset points",
-            ha="right" if left else "left",
+            ha="right" if on_the_left else "left",
             fontsize=7,
         )
+
+
+def _part_labels(axes: Axes) -> None:
+    """Labels that lie on others go up or down until they do not. For when all else is drawn: it asks where they lie."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()
+    placed: list[Bbox] = []
+    for label in sorted(axes.texts, key=lambda text: text.get_window_extent().y0):
+        assert isinstance(label, Annotation)
+        x, _ = label.get_position()
+        for height in _HEIGHTS:
+            label.set_position((x, height))
+            box = label.get_window_extent().padded(1)
+            within = axes.bbox.y0 <= box.y0 and box.y1 <= axes.bbox.y1
+            if within and not any(box.overlaps(other) for other in placed):
+                break
+        placed.append(label.get_window_extent().padded(1))
