@@ -134,7 +134,8 @@ class Reparameterization(ABC):
     def rate_of_group(self, members: Sequence[tuple[Latents, Slot]]) -> Tensor:
         """Bits of all slots that one rule claimed (at least one): a scalar, the sum of `rate`.
 
-        A method whose slots share a probability model may do better than one by one; a test holds both equal.
+        A method whose slots share a probability model may do better than one by one; a test holds both equal. The
+        gradient that comes back to it is positive where the rate has to fall and negative where it has to grow.
         """
         return torch.stack([self.rate(latents, slot) for latents, slot in members]).sum()
 

@@ -83,7 +83,7 @@ class SoftThreshold(Reparameterization):
         return self.rate_of_group([(latents, slot)])
 
     def rate_of_group(self, members: Sequence[tuple[Latents, Slot]]) -> Tensor:
-        """As the sum of `rate`, but what is counted of all slots is read from the device at once."""
+        """What is counted of all slots is read from the device at once; no slot is made much sparser than all are."""
         weights, thresholds = ([latents[name] for latents, _ in members] for name in ("weight", "threshold"))
         pairs = list(zip(weights, thresholds))
         with torch.no_grad():
