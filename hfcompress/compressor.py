@@ -229,6 +229,7 @@ class Compressor:
         self.step = int(state["step"])
         if self.controller is not None and state["controller"] is not None:
             self.controller.load_state_dict(state["controller"])
+            self.rate_weight = self.controller.rate_weight
         self.write()
 
     def _drawn(self, entry: Entry) -> Slot:

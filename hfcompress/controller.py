@@ -122,6 +122,11 @@ class Controller:
         """Whether the goal has come to the target."""
         return self._plan is not None and self._state.done >= _APPROACH * self._plan[0]
 
+    @property
+    def rate_weight(self) -> float:
+        """That of the last step; 0 before the first."""
+        return self._state.rate_weight
+
     def log_line(self) -> dict[str, float]:
         """For the training's log: what the last step took and estimated."""
         state = self._state

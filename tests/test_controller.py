@@ -384,6 +384,10 @@ def test_resuming_is_exact_with_a_target(tmp_path) -> None:
         assert equal(weights(resumed.model), weights(whole.model))
         ours, theirs = (t.compressor.state_dict()["controller"] for t in (resumed, whole))
         assert ours == theirs
+    state = whole.compressor.state_dict()
+    state["controller"]["rate_weight"] = -3.0  # methods are told on the next step that weights have to grow
+    resumed.compressor.load_state_dict(state)
+    assert resumed.compressor.rate_weight == -3.0
 
 
 class Falling:
