@@ -87,7 +87,7 @@ class Reparameterization(ABC):
             try:
                 adapter.validate_python(found, strict=True)
             except ValidationError as error:
-                said = error.errors()[-1]["msg"].removeprefix("Input should be ")
+                said = " or ".join(fault["msg"].removeprefix("Input should be ") for fault in error.errors())
                 raise ConfigError(f"{name}: {field} must be {said}, found {found!r}") from error
 
     @property

@@ -10,8 +10,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-AT_ONCE = {"cpu": 1}
-"""Elements of a batch, by the type of device. On a CPU a tensor alone: it stays in the cache, and starts are cheap."""
+AT_ONCE = {"cpu": 1 << 12}
+"""Elements of a batch, by the type of device. On a CPU larger tensors stay alone, and in the cache."""
 _AT_ONCE_ELSEWHERE = 1 << 24
 _T = TypeVar("_T")
 

@@ -261,8 +261,11 @@ def _in_steps(weights: Sequence[Tensor], log_steps: Sequence[Tensor]) -> Tensor:
 
 
 def _step(log_step: Tensor) -> Tensor:
-    """As the file keeps it: bfloat16, whose 8 binary digits make step · code exact in float32."""
-    return log_step.exp().clamp(*_STEP_RANGE).to(torch.bfloat16).float()
+    """As the file keeps it: bfloat16, whose 8 binary digits make step · code exact in float32.
+
+    In double precision: the last digit of a float32 exponential may depend on how many are worked out at once.
+    """
+    return log_step.double().exp().clamp(*_STEP_RANGE).to(torch.bfloat16).float()
 
 
 def _codes(weight: Tensor, step: Tensor) -> Tensor:

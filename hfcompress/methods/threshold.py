@@ -166,9 +166,14 @@ class SoftThreshold(Reparameterization):
         return (reach / self._top).to(torch.bfloat16).float()
 
 
+def _thresholds(found: Sequence[Tensor]) -> Tensor:
+    """g(s), float32 [N]; worked out in double precision, whose last digit depends on N where vectors end."""
+    return torch.stack(tuple(found)).double().sigmoid().float()
+
+
 def _sizes(thresholds: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
     """g(s) of each weight."""
-    return spread(torch.stack(tuple(thresholds)).sigmoid(), counts)
+    return spread(_thresholds(thresholds), counts)
 
 
 def _kept_alive(counts: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -221,7 +226,7 @@ class _SoftThreshold(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         weights, thresholds = ctx.saved_tensors[: len(gradients)], ctx.saved_tensors[len(gradients) :]
         weight, counts = joined(weights), [weight.numel() for weight in weights]
-        g = torch.stack(thresholds).sigmoid()
+        g = _thresholds(thresholds)
         gradient = joined(gradients)
         passed = _passes(weight.float().abs(), spread(g, counts)).to(gradient.dtype).mul_(gradient)
         of_thresholds = -g * (1 - g) * sums(passed * weight.sign(), counts)
@@ -240,30 +245,29 @@ class _Rate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         count = len(ctx.prices)
+        weights, g = ctx.saved_tensors[:count], _thresholds(ctx.saved_tensors[count:])
+        grow, shrink = gradients[0].new_tensor(ctx.prices).unbind(1)
+        scale = gradients[0] * torch.where(gradients[0] > 0, shrink, grow) * _SHARPNESS
         of_weights: list[Tensor] = []
-        of_thresholds: list[Tensor] = []
-        of_one = list(zip(ctx.saved_tensors[:count], ctx.saved_tensors[count:], ctx.prices))
-        for batch in batches(of_one, lambda found: found[0]):
-            weights, thresholds, prices = zip(*batch)
-            grow, shrink = gradients[0].new_tensor(prices).unbind(1)
-            scale = gradients[0] * torch.where(gradients[0] > 0, shrink, grow)
-            by_weight, by_threshold = _soft_counts(weights, thresholds, scale)
-            of_weights += parted(by_weight, weights)
-            of_thresholds += by_threshold
-        return None, None, *of_weights, *of_thresholds
+        nears: list[Tensor] = []
+        for batch in batches(list(enumerate(weights)), lambda found: found[1]):
+            alike, mine = [weight for _, weight in batch], slice(batch[0][0], batch[-1][0] + 1)
+            slopes, near = _soft_counts(alike, g[mine], scale[mine])
+            of_weights += parted(slopes, alike)
+            nears.append(near)
+        return None, None, *of_weights, *(-scale * (1 - g) * torch.cat(nears))
 
 
-def _soft_counts(weights: Sequence[Tensor], thresholds: Sequence[Tensor], scale: Tensor) -> tuple[Tensor, Tensor]:
-    """scale [N] times the gradients of each Σ |w|^k / (|w|^k + g(s)^k) in all w [n] and in s [N]."""
+def _soft_counts(weights: Sequence[Tensor], g: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each Σ p, where p = |w|^k / (|w|^k + g^k): the slopes in all w [n], times scale [N] / k; Σ p (1 − p) [N]."""
     weight, counts = joined(weights), [weight.numel() for weight in weights]
-    g, w = torch.stack(tuple(thresholds)).sigmoid(), weight.float()
+    w = weight.float()
     size = w.abs()
     ratio = (size / spread(g, counts)).clamp_(1e-4, 1e4).square_().square_()  # ^k: pow_ takes ten times as long
     near = ratio.div_((ratio + 1).square_())  # p · (1 − p): of weights near the threshold
-    by_threshold = -scale * _SHARPNESS * (1 - g) * sums(near, counts)
-    slope = near.mul_(w.sign()).mul_(spread(scale, counts) * _SHARPNESS)
-    by_weight = slope.div_(size.clamp_(min=torch.finfo(size.dtype).tiny))
-    return by_weight.to(weight.dtype), by_threshold
+    found = sums(near, counts)
+    slope = near.mul_(w.sign()).mul_(spread(scale, counts)).div_(size.clamp_(min=torch.finfo(size.dtype).tiny))
+    return slope.to(weight.dtype), found
 
 
 def _passes(size: Tensor, g: Tensor) -> Tensor:
