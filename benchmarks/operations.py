@@ -54,13 +54,11 @@ def of_model(text: bool) -> int:
 def main() -> None:
     row("operations of a step", "forward and backward", *METHODS)
     row(*["---"] * (len(METHODS) + 2))
-    as_a_cpu = density.CHUNK, levels.CELLS, together.AT_ONCE["cpu"]
     for label, text in (("Marian 256, 3+3", True), ("ResNet-20", False)):
         for way in ("one by one", "together"):
             density.CHUNK = levels.CELLS = 1 << 30
             together.AT_ONCE["cpu"] = 1 << 24 if way == "together" else 1
             row(f"{label}, {way}", f"{of_model(text):,}", *(f"{of_step(name, text):,}" for name in METHODS))
-    density.CHUNK, levels.CELLS, together.AT_ONCE["cpu"] = as_a_cpu
 
 
 if __name__ == "__main__":

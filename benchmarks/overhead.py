@@ -30,14 +30,13 @@ from transformers import (
     TrainingArguments,
 )
 
-from hfcompress import CompressionTrainer, Compressor, Kind, Rule, Seq2SeqCompressionTrainer, checkpoint, zoo
+from hfcompress import CompressionTrainer, Compressor, Rule, Seq2SeqCompressionTrainer, checkpoint, zoo
 from hfcompress.coding import Symbols
 from hfcompress.methods import Dense, EntropyPenalized, Levels, Magnitude, MultiHash, SoftThreshold, Uniform
-from hfcompress.reparameterization import Reparameterization
+from hfcompress.reparameterization import MATRICES, Reparameterization
 from hfcompress.schema import Compression
 from hfcompress.teacher import freeze
 
-MATRICES = (Kind.LINEAR, Kind.EMBEDDING, Kind.CONV)
 RATE = 0.1  # of the methods whose bits are part of the loss
 METHODS: dict[str, Reparameterization] = {
     "uniform": Uniform(bits=4, bucket=256),

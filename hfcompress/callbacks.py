@@ -9,7 +9,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from hfcompress.compressor import Compressor, Entry
 from hfcompress.errors import ResumeError
-from hfcompress.reparameterization import Kind
+from hfcompress.reparameterization import MATRICES
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +54,7 @@ class Misses(TrainerCallback):
 
 
 def _dead(entry: Entry) -> bool:
-    matrix = entry.slot.kind in (Kind.CONV, Kind.LINEAR, Kind.EMBEDDING) and entry.slot.numel > 1
-    return matrix and not entry.parameter.any().item()
+    return entry.slot.kind in MATRICES and entry.slot.numel > 1 and not entry.parameter.any().item()
 
 
 def load_latents(compressor: Compressor, folder: Path) -> None:

@@ -18,11 +18,12 @@ from transformers import PreTrainedModel
 
 from hfcompress import checkpoint
 from hfcompress.checkpoint import Sizes
-from hfcompress.compress_rules import MATRICES, default_rules, parameters
+from hfcompress.compress_rules import default_rules, parameters
 from hfcompress.compressor import Compressor
 from hfcompress.errors import ConfigError
 from hfcompress.methods.entropy import EntropyPenalized
 from hfcompress.originals import Original, saved_tensors
+from hfcompress.reparameterization import MATRICES
 from hfcompress.schema import Rule
 
 GRID = EntropyPenalized.__name__.lower()

@@ -16,11 +16,9 @@ from hfcompress.errors import ConfigError
 from hfcompress.methods import BY_NAME, Dense
 from hfcompress.originals import saved_tensors
 from hfcompress.recipe_checks import explain
-from hfcompress.reparameterization import Kind, Reparameterization
+from hfcompress.reparameterization import MATRICES, Kind, Reparameterization
 from hfcompress.schema import STRICT, Rule
 from hfcompress.yaml_lines import read, refuse
-
-MATRICES = (Kind.LINEAR, Kind.EMBEDDING, Kind.CONV)
 
 
 @checked(frozen=True, config=STRICT)

@@ -119,19 +119,21 @@ class Compressor:
         """
         for batch in (batch for group in self._groups for batch in _batches(group)):
             used = [entry for entry in batch if entry.parameter.grad is not None]
-            # frozen or unused weights have no gradient: only the rate moves their latents
-            for part in [batch] if len(used) == len(batch) else [[entry] for entry in used]:
-                self._pull_back(part, whole=part is batch)
-            for entry in batch:
+            if len(used) == len(batch):
+                self._pull_back(batch)
+                continue
+            for entry in batch:  # frozen or unused weights have no gradient: only the rate moves their latents
                 entry.edge = None
+            for entry in used:
+                self._pull_back([entry])
         if self._priced:
             self._add_rate()
         self.step += 1
 
-    def _pull_back(self, batch: list[Entry], *, whole: bool) -> None:
-        """Decodes anew what was written without a graph, or in one with others that have no gradient."""
+    def _pull_back(self, batch: list[Entry]) -> None:
+        """Decodes anew what has no graph: it was written without one, or in one with others that have no gradient."""
         edges = [entry.edge for entry in batch if entry.edge is not None]
-        if len(edges) < len(batch) or not whole:
+        if len(edges) < len(batch):
             with torch.enable_grad():
                 weights = self._decode(batch, {}, hard=False)
             if not all(weight.requires_grad for weight in weights):
@@ -139,7 +141,7 @@ class Compressor:
             edges = [get_gradient_edge(weight) for weight in weights]
         torch.autograd.backward(edges, [entry.parameter.grad for entry in batch])
         for entry in batch:
-            entry.parameter.grad = None
+            entry.parameter.grad = entry.edge = None
 
     def _add_rate(self) -> None:
         """The gradient of rate_weight · bits / parameters, added to the latents'."""

@@ -36,6 +36,9 @@ class Kind(StrEnum):
     OTHER = "other"
 
 
+MATRICES = (Kind.LINEAR, Kind.EMBEDDING, Kind.CONV)
+
+
 @dataclass(frozen=True)
 class Slot:
     """The place in a model that one decoded weight fills.

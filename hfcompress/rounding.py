@@ -90,9 +90,15 @@ def all_from_buckets(rows: Tensor, shapes: Sequence[tuple[int, ...]], size: int 
     """The inverse of `all_to_buckets`."""
     if len(shapes) == 1:
         return [from_buckets(rows, shapes[0])]
-    counts = [math.prod(shape) for shape in shapes]
-    rooms = [count + -count % (size or 1) for count in counts]
-    return [part[:count].view(shape) for part, count, shape in zip(rows.reshape(-1).split(rooms), counts, shapes)]
+    parts = rows.reshape(-1).split(rooms([math.prod(shape) for shape in shapes], size))
+    return [from_buckets(part, shape) for part, shape in zip(parts, shapes)]
+
+
+def rooms(counts: Sequence[int], size: int | None) -> list[int]:
+    """Elements that tensors of so many take in the rows of `all_to_buckets`, padding included."""
+    if len(counts) == 1 and (size is None or counts[0] <= size):
+        return list(counts)
+    return [count + -count % (size or 1) for count in counts]
 
 
 def extremes(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -255,7 +255,7 @@ def test_after_training_the_file_is_as_small_as_the_rate_says(method: EntropyPen
     compressor = compress(network, method, rate_weight=1.0)
     optimizer = CompressedOptimizer(torch.optim.Adam(network.parameters(), lr=5e-3), compressor)
     losses, rates = [], []
-    for _ in range(80):
+    for _ in range(120):
         optimizer.zero_grad()
         loss = nn.functional.cross_entropy(network(pictures), labels)
         loss.backward()
@@ -263,7 +263,7 @@ def test_after_training_the_file_is_as_small_as_the_rate_says(method: EntropyPen
         losses.append(loss.item())
         rates.append(compressor.rate().item())
     assert losses[-1] < 0.5 * losses[0]  # not dead
-    assert rates[-1] < 0.6 * rates[0]
+    assert rates[-1] < 0.5 * rates[0]
     size = len(to_bytes(network, compressor))
     assert size <= 1.02 * rates[-1] / 8 + 1500
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hfcompress.reparameterization import Description, Latents, Reparameterization, Slot, array_in
-from hfcompress.rounding import cast_through, replace_all_through
+from hfcompress.rounding import replace_all_through
 from hfcompress.together import joined, parted
 
 _DTYPES = {"float16": torch.float16, "float32": torch.float32}
@@ -31,7 +31,7 @@ class Dense(Reparameterization):
         return {"weight": weight.detach().clone()}
 
     def decode(self, latents: Latents, slot: Slot, *, hard: bool) -> Tensor:
-        return cast_through(latents["weight"], _DTYPES[self.dtype])
+        return self.decode_group([(latents, slot)], hard=hard)[0]
 
     def decode_group(self, members: Sequence[tuple[Latents, Slot]], *, hard: bool) -> Sequence[Tensor]:
         weights = [latents["weight"] for latents, _ in members]

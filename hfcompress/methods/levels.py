@@ -28,7 +28,7 @@ from torch import Tensor
 from hfcompress.coding import Symbols
 from hfcompress.errors import ConfigError, FormatError
 from hfcompress.reparameterization import Description, Latents, Reparameterization, Slot, array_in, symbols_in
-from hfcompress.rounding import all_extremes, all_from_buckets, all_to_buckets, cast_through, to_buckets
+from hfcompress.rounding import all_extremes, all_from_buckets, all_to_buckets, cast_through, rooms, to_buckets
 from hfcompress.together import joined, spread
 
 LEAST, MOST = 2, 256
@@ -152,13 +152,12 @@ class Levels(Reparameterization):
 
     def _nearest(self, x: Tensor, points: Tensor, slots: Sequence[Slot]) -> Tensor:
         """Each tensor's by itself: what `nearest` searches is its own."""
-        parts = [x] if len(slots) == 1 else x.view(-1).split(self._rooms(slots))
+        parts = x.view(-1).split(self._rooms(slots))
         codes = [_between(part, middles) for part, middles in zip(parts, _middles(points))]
         return joined(codes).view(x.shape)
 
     def _rooms(self, slots: Sequence[Slot]) -> list[int]:
-        """Elements of each of several slots in the rows of them all."""
-        return [slot.numel + -slot.numel % (self.bucket or 1) for slot in slots]
+        return rooms([slot.numel for slot in slots], self.bucket)
 
     def _weights(self, codes: Tensor, points: Tensor, low: Tensor, span: Tensor, slots: Sequence[Slot]) -> list[Tensor]:
         taken = points.view(-1).index_select(0, self._flat(codes, slots).view(-1)).view(codes.shape)
@@ -252,9 +251,10 @@ class _Take(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         codes, span = ctx.saved_tensors
-        rooms = [codes.numel()] if len(gradients) == 1 else ctx.method._rooms(ctx.slots)
-        padded = [part for g, room in zip(gradients, rooms) for part in (g.reshape(-1), g.new_zeros(room - g.numel()))]
-        scaled = torch.cat(padded).float().view(codes.shape).mul_(span)  # padding has no gradient
+        padded: list[Tensor] = []  # padding has no gradient
+        for gradient, room in zip(gradients, ctx.method._rooms(ctx.slots)):
+            padded += gradient.reshape(-1), gradient.new_zeros(room - gradient.numel())
+        scaled = torch.cat(padded).float().view(codes.shape).mul_(span)
         taken = ctx.method._flat(codes, ctx.slots)
         sums = torch.bincount(taken.view(-1), scaled.view(-1), minlength=ctx.points.numel())
         return sums.to(torch.float32).view(ctx.points), *(None for _ in range(6))

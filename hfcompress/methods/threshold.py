@@ -54,9 +54,9 @@ class SoftThreshold(Reparameterization):
     auxiliary: ClassVar[Mapping[str, float]] = MappingProxyType({"threshold": 0.1})
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.survivors not in ("float16", *range(2, 9)):
             raise ConfigError(f'softthreshold: survivors must be "float16" or 2 to 8 bits, found {self.survivors}')
+        super().__post_init__()
 
     def init(self, weight: Tensor, slot: Slot) -> Latents:
         size = weight.detach().double().square().mean().sqrt().item() if slot.numel else 0.0

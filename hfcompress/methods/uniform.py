@@ -32,6 +32,7 @@ from hfcompress.rounding import (
     all_from_buckets,
     all_to_buckets,
     replace_all_through,
+    rooms,
     round_by,
     to_buckets,
     uniform_draw,
@@ -154,14 +155,10 @@ class Uniform(Reparameterization):
 
     def _draws(self, slots: Sequence[Slot], position: Tensor) -> Tensor:
         """Of each slot as many as its buckets hold, as if it were alone."""
-        size = self.bucket or 1
         parts = []
-        for slot in slots:
-            filled = -slot.numel % size
-            alone = uniform_draw(slot.numel + (filled if slot.numel > size else 0), slot.draw)
-            parts.append(torch.nn.functional.pad(alone, (0, slot.numel + filled - alone.numel())))
-        if len(slots) == 1:
-            parts[0] = parts[0][: position.numel()]
+        for slot, room in zip(slots, rooms([slot.numel for slot in slots], self.bucket)):
+            drawn = uniform_draw(rooms([slot.numel], self.bucket)[0], slot.draw)
+            parts.append(torch.nn.functional.pad(drawn, (0, room - drawn.numel())))
         return joined(parts).view(position.shape).to(position.device)
 
     def _dequantize(
